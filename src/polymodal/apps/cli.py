@@ -1,0 +1,176 @@
+"""The command line: parse, call, format.
+
+Commands import what they need when they run, so that ``polymodal --help`` answers without loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from polymodal.core.errors import MissingExtraError, PolymodalError
+
+app = typer.Typer(
+    name="polymodal",
+    help="Compose, align, measure, search with and serve multimodal models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+data_app = typer.Typer(help="Make, import and inspect data.", no_args_is_help=True, rich_markup_mode=None)
+presets_app = typer.Typer(help="The recipes that ship with the package.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+app.add_typer(presets_app, name="presets")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the recipe's choice if not given.")]
+
+
+def _command(name: str) -> Any:
+    """The function of a command, from the module that does its work."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(f"polymodal.apps.{module}"), function)
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for the data, the run and the report.")] = Path("runs/quickstart"),
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes to the recipe.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a small model of six modalities from random weights, measure it, and write a report."""
+    _command("quickstart:run")(out, overrides or [], as_json=json)
+
+
+@app.command()
+def ask(
+    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    inputs: Annotated[list[str], typer.Argument(help='Files, then the question: photo.png "What is it?"')],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Answer a question about files. A file may be written modality:path where its name does not tell."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    _command("talk:ask")(model, inputs, options, device, as_json=json)
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    device: Device = None,
+) -> None:
+    """Talk to a model; /image PATH, /audio PATH ... add media to the next message, /help lists the commands."""
+    _command("talk:chat")(model, {"max_new_tokens": max_new_tokens, "temperature": temperature}, device)
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="A run folder whose model has a shared space.")],
+    inputs: Annotated[list[str], typer.Argument(help="Files; text:... for a text.")],
+    out: Annotated[Path | None, typer.Option(help="Write float32 [N, D] to this .npy file.")] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Embed files and texts into the model's shared space."""
+    _command("talk:embed")(model, inputs, out, device, as_json=json)
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes.")] = None,
+    json: Json = False,
+) -> None:
+    """Prove a recipe before a step is spent: every proof is a line with its figure."""
+    _command("runs:check")(recipe, overrides or [], as_json=json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if not given.")] = None,
+    json: Json = False,
+) -> None:
+    """Train a recipe. The same command again resumes where the run stopped."""
+    _command("runs:train")(recipe, overrides or [], out, as_json=json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    tasks: Annotated[list[str], typer.Argument(help="JSON Lines files with questions, or task YAML files.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for predictions and scores.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples per task.")] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Measure a model beside its blind, shuffled-media and majority baselines."""
+    _command("runs:evaluate")(model, tasks, out, limit, device, as_json=json)
+
+
+@data_app.command("make")
+def data_make(
+    corpus: Annotated[str, typer.Argument(help="scenes or digits.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value, such as num_train=2000 seed=1.")] = None,
+    json: Json = False,
+) -> None:
+    """Generate an embedded corpus."""
+    _command("corpora:make")(corpus, out, options or [], as_json=json)
+
+
+@data_app.command("import")
+def data_import(
+    format: Annotated[str, typer.Argument(help="llava, coco, folder or csv.")],
+    source: Annotated[Path, typer.Argument(help="What to import.")],
+    out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
+    options: Annotated[list[str] | None, typer.Argument(help="key=value options of the format.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn a known data set layout into Polymodal's JSON Lines."""
+    _command("corpora:bring")(format, source, out, options or [], as_json=json)
+
+
+@data_app.command("inspect")
+def data_inspect(data: Annotated[Path, typer.Argument(help="A JSON Lines file.")], json: Json = False) -> None:
+    """Count, measure and check the samples of a file, from headers alone."""
+    _command("corpora:inspect")(data, as_json=json)
+
+
+@presets_app.command("list")
+def presets_list(json: Json = False) -> None:
+    """List the recipes that ship with the package."""
+    _command("runs:presets")(as_json=json)
+
+
+@presets_app.command("show")
+def presets_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
+    """Print a preset as YAML, ready to edit."""
+    _command("runs:show_preset")(name)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one message, not a traceback."""
+    try:
+        app()
+    except (PolymodalError, MissingExtraError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What flows from readers to models: model inputs, laid-out examples, batches, and a model's outputs.
+
+Arrays are numpy where the processor makes them and torch tensors once ``models.compose.to_device`` has moved them;
+this module imports neither.
+
+Shape legend: ``I`` items (one media part for one stream), ``U`` units (what an encoder takes at once: an image tile,
+a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` tokens of a row, ``S`` samples, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Array = Any
+"""A numpy array or a torch tensor; the shape stands in the attribute's docstring."""
+
+
+@dataclass(slots=True)
+class ModelInput:
+    """One media item, ready for an encoder.
+
+    Args:
+        units: float32 arrays (int64 for text), one per unit. Ragged modalities have the length first: log-mel
+            ``[L, mels]``, frames ``[L, 3, H, W]``, points ``[L, C]``, sensor ``[L, C]``, ids ``[L]``.
+            Images are ``[3, H, W]`` and have length 1.
+        lengths: the length of each unit; equal to what the reader promised from the header.
+        grid: rows and columns of the tiles after the thumbnail, for tiled images.
+        size_px: original (width, height) of an image.
+    """
+
+    units: list[Array]
+    lengths: tuple[int, ...]
+    grid: tuple[int, int] | None = None
+    size_px: tuple[int, int] | None = None
+
+
+@dataclass(slots=True)
+class Span:
+    """Where one media item stands in a laid-out sequence.
+
+    ``item`` counts the items of ``stream`` within the sample; tokens ``start .. start + length`` are its placeholders.
+    """
+
+    stream: str
+    item: int
+    start: int
+    length: int
+
+
+@dataclass(slots=True)
+class Plan:
+    """One sample laid out from headers alone: everything but the decoded media.
+
+    Args:
+        id: the sample's id.
+        ids: token ids with placeholders, a list of ``T`` ints; empty for a view set.
+        is_supervised: which tokens are targets (assistant spans and their end mark); same length as ``ids``.
+        spans: the media spans in order.
+        items: per stream, ``(part, unit lengths)`` of each item, in order.
+        label: the class, if any.
+        modalities: the modalities that are there, text apart; sorted.
+    """
+
+    id: str
+    ids: list[int]
+    is_supervised: list[bool]
+    spans: list[Span]
+    items: dict[str, list[tuple[Any, tuple[int, ...]]]]
+    label: str | None = None
+    modalities: tuple[str, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the laid-out sequence."""
+        return len(self.ids)
+
+
+@dataclass(slots=True)
+class Example:
+    """A plan with its media decoded (or, per item, ``None`` where cached features stand in)."""
+
+    plan: Plan
+    inputs: dict[str, list[ModelInput | None]]
+    keys: dict[str, list[str]] = field(default_factory=dict)
+    """Per stream, the content key of each item; empty unless a feature cache asked for them."""
+
+
+@dataclass(slots=True)
+class StreamBatch:
+    """All items of one stream in a batch.
+
+    Args:
+        values: ``[U, ...]`` model inputs, padded with zeros along the ragged axis; None if every item is cached.
+        lengths: ``[U]`` int64 valid length of each unit.
+        unit_counts: list of ``I`` ints: units of each item; units stand in item order.
+        sample_of_item: ``[I]`` int64: which sample an item belongs to.
+        token_index: ``[sum of span lengths]`` int64: for each media token in item order, its place in the flattened
+            ``[R * T]`` sequence; empty for streams that do not enter the sequence.
+        token_counts: list of ``I`` ints: length of each item's span.
+        keys: content key of each item, where a feature cache is used.
+        grids: per item, the tile grid or None.
+        features: cached encoder output ``(features [U, N, D], is_valid [U, N], pooled [U, D] or None)``; replaces values.
+    """
+
+    values: Array
+    lengths: Array
+    unit_counts: list[int]
+    sample_of_item: Array
+    token_index: Array
+    token_counts: list[int]
+    keys: list[str] = field(default_factory=list)
+    grids: list[tuple[int, int] | None] = field(default_factory=list)
+    features: tuple[Array, Array, Array] | None = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Samples ready for a model.
+
+    A *padded* batch has one row per sample. A *packed* batch has one row in which samples follow each other:
+    ``segment_lengths`` says where each ends, positions restart at 0, and nothing may attend across a boundary.
+
+    Worked example, two samples of 3 and 2 tokens, packed: ids ``[[a b c d e]]``, positions ``[[0 1 2 0 1]]``,
+    segment_lengths ``(3, 2)``. Padded: ids ``[[a b c] [d e 0]]``, is_valid ``[[1 1 1] [1 1 0]]``.
+
+    Args:
+        ids: ``[R, T]`` int64 token ids; media placeholders hold the stream's placeholder id.
+        is_supervised: ``[R, T]`` bool: the token is a target, predicted from the one before it. The first token of a
+            sample never is.
+        is_valid: ``[R, T]`` bool: False on padding.
+        positions: ``[R, T]`` int64, counted within each sample.
+        segment_lengths: tokens of each packed sample, in order; None for a padded batch.
+        streams: per stream, its items.
+        sample_ids: list of ``S`` ids; labels, modalities: parallel to it.
+    """
+
+    ids: Array
+    is_supervised: Array
+    is_valid: Array
+    positions: Array
+    segment_lengths: tuple[int, ...] | None
+    streams: dict[str, StreamBatch]
+    sample_ids: list[str]
+    labels: list[str | None]
+    modalities: list[tuple[str, ...]]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples the batch holds."""
+        return len(self.sample_ids)
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What one forward pass of a composed model gives; a field is None when its pass was not asked for.
+
+    Args:
+        token_logits: ``[K, V]`` logits that predict the K supervised tokens, in flattened order (pass ``sequence``).
+        token_targets: ``[K]`` int64 their ids; token_samples ``[K]`` int64 the sample each belongs to.
+        embeddings: per stream, ``(vectors [I, E] of unit length, sample_of_item [I])`` (pass ``embed``).
+        scale: scalar tensor, the learned inverse temperature of the projection head (its exponential already taken);
+            bias: scalar tensor for sigmoid pairs.
+        merged: ``[S, D]`` state of the merge backbone (pass ``merge``).
+        class_logits: ``[S, C]``; match_logits: ``[S]`` from heads on ``merged``.
+    """
+
+    token_logits: Array = None
+    token_targets: Array = None
+    token_samples: Array = None
+    embeddings: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    scale: Array = None
+    bias: Array = None
+    merged: Array = None
+    class_logits: Array = None
+    match_logits: Array = None

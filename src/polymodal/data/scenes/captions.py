@@ -1,0 +1,151 @@
+"""What each medium of a scene shows, in words: templates in which every fact of the medium appears."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from polymodal.data.scenes.latent import NUMBERS, SOUNDS, Scene, Thing
+from polymodal.data.scenes.layout import SIDE_PX
+
+MEDIA = ("image", "audio", "video", "points", "sensor")
+REQUESTS = {
+    "image": ("Describe this image.", "What does the picture show?", "Describe the picture."),
+    "audio": ("Describe this sound.", "What can you hear?", "Describe the recording."),
+    "video": ("Describe this video.", "What happens in the video?", "Describe the clip."),
+    "points": ("Describe this point cloud.", "What do the points show?", "Describe the solid."),
+    "sensor": ("Describe this motion.", "What does the sensor record?", "Describe the recording of the sensor."),
+}
+"""What a user says to have a medium described."""
+
+_TIMES = ("never", "once", "twice", "three times", "four times")
+_TO_RELATION = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+_PLACES = (
+    ("at the top left", "at the top", "at the top right"),
+    ("on the left", "in the centre", "on the right"),
+    ("at the bottom left", "at the bottom", "at the bottom right"),
+)
+_MOTION_TEXTS = {
+    "shake": ("The device is shaken.", "Somebody shakes the device: a shake.", "A shake, to and fro."),
+    "spin": ("The device is spun: a spin.", "Somebody spins the device.", "A spin about the upright axis."),
+    "lift": ("The device is lifted: a lift.", "Somebody lifts the device.", "A lift, upwards."),
+    "drop": ("The device is dropped: a drop.", "Somebody drops the device.", "A drop: it falls and hits the ground."),
+    "tap": ("The device is tapped: a tap.", "Somebody taps the device.", "A tap from above."),
+    "still": ("The device lies still.", "Nobody moves the device: it is still.", "Still: nothing moves."),
+}
+
+
+def caption(scene: Scene, medium: str, words: random.Random) -> str:
+    """One caption of one medium; ``words`` chooses the template."""
+    return _CAPTIONS[medium](scene, words)
+
+
+def facts(scene: Scene, medium: str) -> str:
+    """The facts of a medium in one canonical line: two items with equal facts are matched by the same captions."""
+    if medium == "audio":
+        return f"{SOUNDS[scene.sounding.shape]} {scene.sound_count}"
+    if medium == "points":
+        return " ".join(scene.solid)
+    if medium == "sensor":
+        return scene.motion
+    if medium == "image":
+        return "; ".join(f"{t.size} {t.colour} {t.shape} {place(t)}" for t in _left_to_right(scene)) + _relation(scene)
+    things = sorted(zip(scene.things, scene.moves, strict=True), key=lambda pair: pair[0].shape)
+    blinks = " ".join(scene.things[i].shape for i in scene.blinks)
+    return "; ".join(f"{t.colour} {t.shape} {move or 'stays'}" for t, move in things) + f"; {blinks}"
+
+
+def place(thing: Thing) -> str:
+    """Where a thing stands, by thirds of the picture."""
+    column, row = (min(2, int(3 * value / SIDE_PX)) for value in thing.xy)
+    return _PLACES[row][column]
+
+
+def _left_to_right(scene: Scene) -> list[Thing]:
+    return sorted(scene.things, key=lambda thing: thing.xy[0])
+
+
+def _relation(scene: Scene) -> str:
+    if scene.relation is None:
+        return ""
+    first, second, where = scene.relation
+    return f" The {scene.things[first].shape} is {_TO_RELATION[where]} the {scene.things[second].shape}."
+
+
+def _and(items: list[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def _image(scene: Scene, words: random.Random) -> str:
+    number = len(scene.things)
+    listed = _and([f"a {t.size} {t.colour} {t.shape} {place(t)}" for t in _left_to_right(scene)])
+    objects = f"{NUMBERS[number]} object" + ("s" if number > 1 else "")
+    start = words.choice(
+        (
+            f"There {'are' if number > 1 else 'is'} {objects}",
+            f"The picture shows {objects}",
+            f"{objects.capitalize()} can be seen",
+        )
+    )
+    return f"{start}: {listed}.{_relation(scene)}"
+
+
+def _audio(scene: Scene, words: random.Random) -> str:
+    shape = scene.sounding.shape
+    sound, times = SOUNDS[shape], _TIMES[scene.sound_count]
+    number = NUMBERS[scene.sound_count]
+    noun = {"hiss": "hisses"}.get(sound, sound + "s") if scene.sound_count > 1 else sound
+    verb = {"hiss": "hisses"}.get(sound, sound + "s")
+    return words.choice(
+        (
+            f"The {shape} {verb} {times}.",
+            f"A {shape} is heard: {number} {noun}.",
+            f"{number.capitalize()} {noun} of the {shape}.",
+        )
+    )
+
+
+def _video(scene: Scene, words: random.Random) -> str:
+    told = [
+        f"the {t.colour} {t.shape} " + (f"moves {move}" if move else "stays")
+        for t, move in zip(scene.things, scene.moves, strict=True)
+    ]
+    words.shuffle(told)
+    text = _and(told)
+    shapes = [scene.things[i].shape for i in scene.blinks]
+    if len(shapes) == 1:
+        order = f"The {shapes[0]} blinks."
+    else:
+        one, two = shapes
+        order = words.choice(
+            (
+                f"The {one} blinks before the {two}.",
+                f"The {one} blinks first, then the {two}.",
+                f"First the {one} blinks, then the {two}.",
+            )
+        )
+    return f"{text[0].upper()}{text[1:]}. {order}"
+
+
+def _points(scene: Scene, words: random.Random) -> str:
+    kind, size, colour = scene.solid
+    return words.choice(
+        (
+            f"A {size} {colour} {kind}.",
+            f"The points form a {size} {colour} {kind}.",
+            f"This is a {size} {kind}, coloured {colour}.",
+        )
+    )
+
+
+def _sensor(scene: Scene, words: random.Random) -> str:
+    return words.choice(_MOTION_TEXTS[scene.motion])
+
+
+_CAPTIONS: dict[str, Callable[[Scene, random.Random], str]] = {
+    "image": _image,
+    "audio": _audio,
+    "video": _video,
+    "points": _points,
+    "sensor": _sensor,
+}

@@ -1,0 +1,1 @@
+"""Tasks, metrics, controls, the runner and the report."""

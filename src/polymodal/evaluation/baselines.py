@@ -1,0 +1,105 @@
+"""What a score has to be compared with: constant answers, other media, no media."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from polymodal.core.parts import MODALITIES, Media, Part
+from polymodal.core.samples import Message, Sample
+from polymodal.evaluation.metrics import normalise
+
+
+def blind(sample: Sample) -> Sample:
+    """The sample with all its media removed; its text stays."""
+    return sample.without(*(modality for modality in MODALITIES if modality != "text"))
+
+
+def majority(families: Sequence[str], answers: Sequence[str]) -> list[str]:
+    """For each question the most frequent answer of its family: the best constant answer there is.
+
+    It is taken from the very answers that are scored, so that it is an upper bound for any constant.
+    """
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for family, answer in zip(families, answers, strict=True):
+        counts[family][normalise(answer)] += 1
+    best = {family: _most_frequent(counter) for family, counter in counts.items()}
+    return [best[family] for family in families]
+
+
+def wording_majority(
+    families: Sequence[str], wordings: Sequence[str], answers: Sequence[str], *, seed: int = 0
+) -> list[str]:
+    """For each question the most frequent answer to the same wording: what the words alone give away.
+
+    Wordings may be rare, so the answer is learned on one half of the questions and given on the other, and the other
+    way round; a wording that the other half lacks gets the majority of its family there.
+    """
+    half = np.random.default_rng(seed).permutation(len(answers)) % 2
+    counts: dict[tuple[int, str, str | None], Counter[str]] = defaultdict(Counter)
+    for i, (family, wording, answer) in enumerate(zip(families, wordings, answers, strict=True)):
+        counts[int(half[i]), family, wording][normalise(answer)] += 1
+        counts[int(half[i]), family, None][normalise(answer)] += 1
+    result = []
+    for i, (family, wording) in enumerate(zip(families, wordings, strict=True)):
+        other = 1 - int(half[i])
+        counter = counts.get((other, family, wording)) or counts.get((other, family, None)) or Counter({"": 1})
+        result.append(_most_frequent(counter))
+    return result
+
+
+def shuffle_media(samples: Sequence[Sample], *, seed: int = 0) -> list[Sample | None]:
+    """Each question with the media of another one of the same family and the same modalities, in order.
+
+    Questions about the same media keep sharing media, and nobody keeps their own: the distinct media of a group are
+    permuted along one random cycle. None where a group has a single set of media, or a question has none.
+
+    Worked example: questions 1 and 2 about photo A, 3 about B, 4 about C. A cycle A -> C -> B -> A gives photo C to 1
+    and 2, A to 3, B to 4.
+    """
+    groups: dict[tuple[object, ...], dict[tuple[str, ...], tuple[Media, ...]]] = defaultdict(dict)
+    places = []
+    for sample in samples:
+        media = sample.media()
+        group: tuple[object, ...] = (str(sample.meta.get("family", "")), tuple(part.modality for part in media))
+        key = tuple(_identity(part) for part in media)
+        groups[group].setdefault(key, media)
+        places.append((group, key))
+    rng = np.random.default_rng(seed)
+    donor: dict[tuple[object, ...], tuple[Media, ...]] = {}
+    for group, sets in groups.items():
+        keys = list(sets)
+        if len(keys) < 2:
+            continue
+        cycle = rng.permutation(len(keys))
+        for here, there in zip(cycle, np.roll(cycle, 1), strict=True):
+            donor[group, keys[here]] = sets[keys[there]]
+    return [
+        _with_media(sample, donor[place]) if place in donor else None
+        for sample, place in zip(samples, places, strict=True)
+    ]
+
+
+def _with_media(sample: Sample, media: tuple[Media, ...]) -> Sample:
+    fresh = iter(media)
+    messages = tuple(
+        Message(message.role, tuple(next(fresh) if isinstance(part, Media) else part for part in message.parts))
+        for message in sample.messages
+    )
+    views: dict[str, Part] = {
+        name: next(fresh) if isinstance(part, Media) else part for name, part in sample.views.items()
+    }
+    return Sample(sample.id, messages, views, sample.label, sample.meta)
+
+
+def _identity(part: Media) -> str:
+    """Equal for the same file or the same content in memory."""
+    return part.modality + ":" + (str(part.path) if part.path is not None else part.content_key())
+
+
+def _most_frequent(counter: Counter[str]) -> str:
+    # Ties go to the first in a fixed pseudo-random order: alphabetical order would favour "no" over "yes" everywhere.
+    return min(counter, key=lambda answer: (-counter[answer], hashlib.blake2b(answer.encode()).digest()))

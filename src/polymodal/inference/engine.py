@@ -1,0 +1,198 @@
+"""The engine: prompts -> tokens, with a preallocated key-value cache, batching, streaming and prefix reuse.
+
+Shape legend: ``B`` rows, ``T`` tokens, ``V`` vocabulary, ``E`` embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polymodal.core.batch import Plan
+from polymodal.core.errors import SampleError
+from polymodal.core.samples import Sample
+from polymodal.inference.prefix import PrefixCache, identity, suffix
+from polymodal.inference.sampling import Sampling, draw, make_generator
+from polymodal.modalities.processor import Processor
+from polymodal.models.backbones.decoder import batch_layout
+from polymodal.models.compose import MultimodalModel, to_device
+from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.layout import Layout
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(slots=True)
+class Generation:
+    """One generated turn: its token ids without the end token, why it ended, and the prompt's length."""
+
+    ids: list[int] = field(default_factory=list)
+    finish: Finish = "length"
+    num_prompt_tokens: int = 0
+    num_reused_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+
+
+class Engine:
+    """Runs one composed model.
+
+    Args:
+        model: in evaluation mode, on its device.
+        processor: the model's processor.
+        prefix_bytes: size of the prefix cache; 0 switches it off.
+    """
+
+    def __init__(self, model: MultimodalModel, processor: Processor, prefix_bytes: int = 256 * 1024**2) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.prefixes = PrefixCache(prefix_bytes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def generate(self, samples: Sequence[Sample], sampling: Sampling, batch_size: int = 64) -> list[Generation]:
+        """Answer every sample; the result of one does not depend on the others.
+
+        Prompts of similar length share a batch. Sampling with a seed draws per batch, greedy answers are exact.
+
+        Raises:
+            SampleError: if a prompt cannot be laid out or leaves no room for an answer.
+        """
+        plans = [self._plan(sample) for sample in samples]
+        order = sorted(range(len(plans)), key=lambda i: plans[i].num_tokens)
+        results: list[Generation] = [Generation()] * len(plans)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            for row, generation in zip(rows, self._generate([plans[i] for i in rows], sampling), strict=True):
+                results[row] = generation
+        return results
+
+    @torch.inference_mode()
+    def stream(self, sample: Sample, sampling: Sampling, generation: Generation | None = None) -> Iterator[int]:
+        """Yield token ids as they are drawn, reusing every prompt prefix read before.
+
+        Args:
+            sample: the conversation to continue.
+            sampling: how to draw.
+            generation: filled while streaming, for those who want the finish reason.
+        """
+        record = generation if generation is not None else Generation()
+        plan = self._plan(sample)
+        own = identity(plan)
+        room = self._room(plan, sampling)
+        cache, reused = self._prefilled(plan, own, room)
+        record.num_prompt_tokens, record.num_reused_tokens = plan.num_tokens, reused
+        states = self._read(suffix(plan, reused), cache, reused)
+        self.prefixes.put(own, cache)
+        generator = make_generator(sampling, self.device)
+        end = self._end_id()
+        for step in range(room):
+            token_B = draw(self.model.token_logits(states), sampling, generator)
+            token = int(token_B[0])
+            if token == end:
+                record.finish = "stop"
+                return
+            record.ids.append(token)
+            yield token
+            if step + 1 < room:
+                states = self._step(token_B, cache)
+
+    @torch.inference_mode()
+    def logits(self, sample: Sample, *, prompt: bool = True) -> Tensor:
+        """Logits of every position of the fused sequence, float32 ``[T, V]``."""
+        plan = self._plan(sample) if prompt else self.processor.plan(sample)
+        batch = to_device(self.processor.collate([self.processor.load(plan)], packed=False), self.device)
+        return self.model.token_logits(self.model.states(batch))[0].float()
+
+    @torch.inference_mode()
+    def embed(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Unit vectors per stream of view-set samples: ``{stream: (float32 [I, E], sample index [I])}``."""
+        batch = to_device(self.processor.batch(samples), self.device)
+        outputs = self.model(batch, passes=("embed",))
+        return {
+            name: (vectors.float().cpu().numpy(), np.asarray(owners.cpu()))
+            for name, (vectors, owners) in outputs.embeddings.items()
+        }
+
+    def _plan(self, sample: Sample) -> Plan:
+        return self.processor.plan(sample, prompt=True)
+
+    def _end_id(self) -> int:
+        chat = self.processor.chat
+        if chat is None:
+            raise SampleError("request", "this model has no decoder: it embeds and compares, it does not answer")
+        return self.processor.tokenizer.control(chat.end)
+
+    def _room(self, plan: Plan, sampling: Sampling) -> int:
+        room = min(sampling.max_new_tokens, self.processor.max_tokens - plan.num_tokens)
+        if room < 1:
+            raise SampleError(
+                plan.id, f"the prompt takes all {self.processor.max_tokens} tokens of the context; "
+                "shorten the text, or send fewer or smaller media"
+            )
+        return room
+
+    def _generate(self, plans: Sequence[Plan], sampling: Sampling) -> list[Generation]:
+        rooms = [self._room(plan, sampling) for plan in plans]
+        longest = max(plan.num_tokens for plan in plans)
+        batch = to_device(
+            self.processor.collate([self.processor.load(plan) for plan in plans], packed=False), self.device
+        )
+        cache = self.model.decoder.transformer.new_cache(len(plans), longest + max(rooms))
+        states_BTD = self.model.states(batch, cache)
+        last_B = batch.is_valid.sum(1) - 1
+        states = states_BTD[torch.arange(len(plans), device=self.device), last_B]
+        results = [Generation(num_prompt_tokens=plan.num_tokens) for plan in plans]
+        generator = make_generator(sampling, self.device)
+        end, alive = self._end_id(), list(range(len(plans)))
+        while alive:
+            token_B = draw(self.model.token_logits(states), sampling, generator)
+            kept = []
+            for row, token in enumerate(token_B.tolist()):
+                result = results[alive[row]]
+                if token == end:
+                    result.finish = "stop"
+                    continue
+                result.ids.append(token)
+                if len(result.ids) < rooms[alive[row]]:
+                    kept.append(row)
+            if not kept:
+                break
+            if len(kept) < len(alive):
+                # Finished rows leave the batch, so that no step is spent on them.
+                index = torch.tensor(kept, device=self.device)
+                cache.select(index)
+                token_B, alive = token_B[index], [alive[row] for row in kept]
+            states = self._step(token_B, cache)
+        return results
+
+    def _prefilled(self, plan: Plan, own: tuple[Any, ...], room: int) -> tuple[KVCache, int]:
+        slots = plan.num_tokens + room
+        reused, found = self.prefixes.find(plan, own)
+        if found is None:
+            return self.model.decoder.transformer.new_cache(1, slots), 0
+        held = found.clone(max_tokens=max(slots, found.length))
+        held.crop(reused)
+        return held, reused
+
+    def _read(self, plan: Plan, cache: KVCache, start: int) -> Tensor:
+        """Prefill the rest of a prompt; returns the last state ``[1, D]``."""
+        batch = self.processor.collate([self.processor.load(plan)], packed=False)
+        batch.positions = batch.positions + start
+        batch = to_device(batch, self.device)
+        x_BTD = self.model.embed_sequence(batch)
+        return torch.as_tensor(self.model.decoder(x_BTD, batch_layout(batch), cache))[:, -1]
+
+    def _step(self, token_B: Tensor, cache: KVCache) -> Tensor:
+        """Read one token per row; returns the new states ``[B, D]``."""
+        x_BTD = self.model.decoder.embed(token_B[:, None])
+        layout = Layout(causal=True, positions_BT=cache.lengths_B[:, None])
+        return torch.as_tensor(self.model.decoder(x_BTD, layout, cache))[:, -1]

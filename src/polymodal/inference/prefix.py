@@ -1,0 +1,98 @@
+"""The prefix cache: keys and values of prompts already read, found again by content.
+
+A media item asked about again is neither encoded nor prefilled again.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+from polymodal.core.batch import Plan
+from polymodal.models.layers.cache import KVCache
+
+Identity = tuple[Hashable, ...]
+
+
+def identity(plan: Plan) -> Identity:
+    """What each token of a plan is: a text id, or ``(stream, content key, offset)`` of a media token.
+
+    Two prompts whose identities share a prefix have equal keys and values there.
+    """
+    tokens: list[Hashable] = list(plan.ids)
+    keys: dict[int, str] = {}
+    for span in plan.spans:
+        part, _ = plan.items[span.stream][span.item]
+        if id(part) not in keys:
+            keys[id(part)] = part.content_key()
+        for offset in range(span.length):
+            tokens[span.start + offset] = (span.stream, keys[id(part)], offset)
+    return tuple(tokens)
+
+
+def suffix(plan: Plan, start: int) -> Plan:
+    """The plan of the tokens from ``start`` on, with the media they need; ``start`` must not lie inside a span."""
+    spans, items = [], {}
+    for span in plan.spans:
+        if span.start >= start:
+            kept = items.setdefault(span.stream, [])
+            spans.append(replace(span, start=span.start - start, item=len(kept)))
+            kept.append(plan.items[span.stream][span.item])
+    return replace(plan, ids=plan.ids[start:], is_supervised=plan.is_supervised[start:], spans=spans, items=items)
+
+
+def common_start(plan: Plan, own: Identity, other: Identity) -> int:
+    """How many leading tokens of a plan another prompt shares, never ending inside a media span or at the last token."""
+    shared = 0
+    for mine, theirs in zip(own, other, strict=False):
+        if mine != theirs:
+            break
+        shared += 1
+    shared = min(shared, len(own) - 1)
+    for span in plan.spans:
+        if span.start < shared < span.start + span.length:
+            shared = span.start
+    return shared
+
+
+class PrefixCache:
+    """The most recently used prompts, bounded in bytes.
+
+    Args:
+        max_bytes: bytes of keys and values kept in all; 0 keeps none.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[Identity, KVCache] = OrderedDict()
+        self.hits = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, plan: Plan, own: Identity) -> tuple[int, KVCache | None]:
+        """The longest shared prefix: its length and the cache that holds it (not a copy)."""
+        best, found = 0, None
+        for other in self._entries:
+            shared = common_start(plan, own, other)
+            if shared > best:
+                best, found = shared, other
+        if found is None:
+            return 0, None
+        self.hits += 1
+        self._entries.move_to_end(found)
+        return best, self._entries[found]
+
+    def put(self, own: Sequence[Hashable], cache: KVCache) -> None:
+        """Keep a copy of a one-row cache that holds exactly the tokens ``own``."""
+        if self.max_bytes == 0:
+            return
+        self._entries[tuple(own)] = cache.clone(max_tokens=max(1, cache.length))
+        self._entries.move_to_end(tuple(own))
+        while self._entries and sum(_bytes(entry) for entry in self._entries.values()) > self.max_bytes:
+            self._entries.popitem(last=False)
+
+
+def _bytes(cache: KVCache) -> int:
+    return 2 * cache.keys.numel() * cache.keys.element_size()

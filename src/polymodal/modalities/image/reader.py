@@ -1,0 +1,124 @@
+"""The image reader: one picture -> one tile, or several, each ``[3, S, S]``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, field_validator
+
+from polymodal.core.batch import ModelInput
+from polymodal.core.limits import Limits
+from polymodal.core.parts import Image, Part
+from polymodal.modalities.decoding import expect_part
+from polymodal.modalities.image.decode import decode_image
+from polymodal.modalities.image.header import ImageHeader, probe_image
+from polymodal.modalities.image.resize import Fit, fit_to_canvas
+from polymodal.modalities.image.tiling import Grid, closest_grid, fullest_grid
+from polymodal.modalities.reader import Reader, ReaderConfig
+
+Triple = tuple[float, float, float]
+
+
+def checked_std(std: Triple) -> Triple:
+    """``std`` if every channel is positive.
+
+    Raises:
+        ValueError: if one is not: dividing by it would give infinities.
+    """
+    if min(std) <= 0:
+        raise ValueError("expected three positive numbers (pixels are divided by them)")
+    return std
+
+
+class ImageReaderConfig(ReaderConfig):
+    """How pictures become tiles.
+
+    Args:
+        size_px: side of a tile.
+        resolution: ``fixed``: one tile. ``tiles``: the picture is cut along the grid of at most ``max_tiles`` whose
+            proportions are closest. ``anyres``: along the one of ``grids`` that keeps most of its pixels.
+        resize: how the picture meets the canvas (one tile, or the whole grid) where proportions differ.
+        max_tiles: upper bound of ``tiles``, the thumbnail not counted.
+        grids: candidates of ``anyres``, as (rows, columns).
+        thumbnail: whether the whole picture, stretched to one tile, comes first: before any ``anyres`` grid, and before
+            a ``tiles`` grid of more than one tile.
+        mean: per channel, of pixels in 0..1, subtracted.
+        std: per channel, divided by.
+
+    Source: ``tiles``: InternVL 1.5 (Chen et al. 2024), section 3.1, which puts the thumbnail last. ``anyres``:
+        LLaVA-NeXT (Liu et al. 2024), with ``resize: pad``; it pads with black.
+    """
+
+    modality: ClassVar[str] = "image"
+
+    use: Literal["image"] = "image"
+    size_px: int = Field(224, ge=1, le=4096)
+    resolution: Literal["fixed", "tiles", "anyres"] = "fixed"
+    resize: Fit = "stretch"
+    max_tiles: int = Field(6, ge=1, le=256)
+    grids: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    thumbnail: bool = True
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
+
+    _positive_std = field_validator("std")(checked_std)
+
+    @field_validator("grids")
+    @classmethod
+    def _usable_grids(cls, grids: tuple[Grid, ...]) -> tuple[Grid, ...]:
+        if not grids or any(min(grid) < 1 for grid in grids):
+            raise ValueError("expected at least one (rows, columns) pair, each number at least 1")
+        return grids
+
+
+class ImageReader(Reader):
+    """Reads pictures; every unit is a tile of length 1."""
+
+    modality = "image"
+    is_ragged = False
+    config: ImageReaderConfig
+
+    def __init__(self, config: ImageReaderConfig, limits: Limits) -> None:
+        super().__init__(config, limits)
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """``(3, size_px, size_px)``."""
+        return (3, self.config.size_px, self.config.size_px)
+
+    def measure(self, part: Part) -> tuple[int, ...]:
+        """A 1 for every tile, from the header."""
+        grid, has_thumbnail = self._layout(probe_image(expect_part(part, Image), self.limits))
+        return (1,) * (grid[0] * grid[1] + has_thumbnail)
+
+    def read(self, part: Part) -> ModelInput:
+        """Decode, fit, normalise and cut: float32 ``[3, size_px, size_px]`` tiles, thumbnail first, then row by row."""
+        pixels = decode_image(expect_part(part, Image), self.limits)
+        height, width = pixels.shape[:2]
+        grid, has_thumbnail = self._layout(ImageHeader(width, height, "decoded", "RGB"))
+        config, side = self.config, self.config.size_px
+        canvas = fit_to_canvas(pixels, (grid[0] * side, grid[1] * side), config.resize, config.mean, config.std)
+        units = _cut(canvas, grid, side)
+        if has_thumbnail:
+            units.insert(0, fit_to_canvas(pixels, (side, side), "stretch", config.mean, config.std))
+        is_tiled = config.resolution != "fixed"
+        return ModelInput(units, (1,) * len(units), grid=grid if is_tiled else None, size_px=(width, height))
+
+    def _layout(self, header: ImageHeader) -> tuple[Grid, bool]:
+        config = self.config
+        if config.resolution == "tiles":
+            grid = closest_grid(header.width_px, header.height_px, config.size_px, config.max_tiles)
+            return grid, config.thumbnail and grid != (1, 1)
+        if config.resolution == "anyres":
+            return fullest_grid(header.width_px, header.height_px, config.size_px, config.grids), config.thumbnail
+        return (1, 1), False
+
+
+def _cut(canvas_3HW: NDArray[np.float32], grid: Grid, side: int) -> list[NDArray[np.float32]]:
+    rows, cols = grid
+    if grid == (1, 1):
+        return [canvas_3HW]
+    tiles = canvas_3HW.reshape(3, rows, side, cols, side).transpose(1, 3, 0, 2, 4)
+    return list(np.ascontiguousarray(tiles).reshape(rows * cols, 3, side, side))

@@ -1,0 +1,105 @@
+"""The decoder backbone: token embedding and a causal transformer.
+
+Shape legend: ``B`` rows, ``T`` tokens, ``D`` width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from polymodal.core.batch import Batch
+from polymodal.core.config import Config
+from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.layout import Layout
+from polymodal.models.layers.transformer import Transformer, TransformerConfig
+
+
+class DecoderConfig(Config):
+    """A causal language model's body (Llama-like by default); the vocabulary comes from the tokenizer.
+
+    Source: Vaswani 1706.03762 sec. 3; with the defaults, the choices of Touvron 2302.13971 sec. 2.2.
+    """
+
+    use: Literal["decoder"] = "decoder"
+    transformer: TransformerConfig = TransformerConfig(
+        width=128, depth=4, heads=4, norm="rms", activation="silu", gated=True, bias=False, rope_theta=10_000.0
+    )
+    chat: str = "turns"
+    """Name of the chat format."""
+    max_tokens: PositiveInt = 1024
+    """Longest sequence, media tokens included."""
+    positions: Literal["rope", "learned"] = "rope"
+    """``learned`` adds a table of ``max_tokens`` positions to the embeddings (GPT-2); ``rope`` turns queries and keys."""
+
+    @property
+    def width(self) -> int:
+        """Width of the token states."""
+        return self.transformer.width
+
+    def build(self, vocab_size: int) -> Decoder:
+        """The module, with random weights."""
+        return Decoder(self, vocab_size)
+
+
+class Decoder(nn.Module):
+    """Embeds token ids and runs the causal stack; logits are the next-token head's work."""
+
+    def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        self.embed_positions: nn.Embedding | None = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_tokens, config.width)
+            nn.init.normal_(self.embed_positions.weight, std=0.02)
+        self.transformer = Transformer(config.transformer)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings ``[B, T, D]``, without positions: media tokens are written over the placeholders first."""
+        x_BTD: Tensor = self.embed_tokens(ids_BT)
+        return x_BTD
+
+    def forward(self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None) -> Tensor:
+        """Final states ``[B, T, D]``.
+
+        Args:
+            x_BTD: embedded sequence; ``layout`` carries its positions.
+            layout: which tokens may attend to which.
+            cache: keys and values of earlier tokens; extended in place.
+        """
+        if self.embed_positions is not None:
+            assert layout.positions_BT is not None
+            x_BTD = x_BTD + self.embed_positions(layout.positions_BT)
+        states_BTD: Tensor = self.transformer(x_BTD, layout, cache=cache)
+        return states_BTD
+
+
+def batch_layout(batch: Batch) -> Layout:
+    """The causal layout of a batch: packed or padded."""
+    if batch.segment_lengths is not None:
+        return Layout.packed(batch.segment_lengths, causal=True, positions_BT=batch.positions)
+    return Layout.padded(batch.is_valid, causal=True, positions_BT=batch.positions)
+
+
+def supervised_index(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the targets are: ``(source [K], targets [K], samples [K])``.
+
+    ``source`` are flattened indices of the tokens that predict; since the first token of a sample is never a target,
+    the token before a target always belongs to the same sample, packed or padded.
+
+    Worked example, packed ids ``[a b c | d e]`` with targets ``c`` and ``e``: source ``[1 3]``, targets ``[c e]``,
+    samples ``[0 1]``.
+    """
+    flat = batch.is_supervised.reshape(-1).nonzero().squeeze(1)
+    targets = batch.ids.reshape(-1)[flat]
+    if batch.segment_lengths is not None:
+        lengths = torch.tensor(batch.segment_lengths, device=flat.device)
+        samples = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)[flat]
+    else:
+        samples = flat // batch.ids.shape[1]
+    return flat - 1, targets, samples

@@ -1,0 +1,119 @@
+"""The declarative form of a model: streams, backbone, heads, tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from polymodal.core.config import Config, unknown
+from polymodal.core.parts import MODALITIES
+from polymodal.modalities.table import READERS
+from polymodal.models.backbones.decoder import DecoderConfig
+from polymodal.models.backbones.table import BACKBONES, MergeConfig, NoBackboneConfig
+from polymodal.models.connectors.table import CONNECTORS
+from polymodal.models.encoders.table import ENCODERS
+from polymodal.models.entries.table import ENTRIES, MergeEntry, SequenceEntry
+from polymodal.models.heads.table import HEADS
+
+
+class TokenizerConfig(Config):
+    """Where the tokenizer comes from: trained on the recipe's text (``bpe``), or a ``tokenizer.json``."""
+
+    use: Literal["bpe", "file"] = "bpe"
+    vocab_size: PositiveInt = 1024
+    """Ids in all, for ``bpe``; the trained tokenizer may have fewer where the text has fewer merges."""
+    path: str | None = None
+    """The ``tokenizer.json``, for ``file``."""
+
+    @model_validator(mode="after")
+    def _has_path(self) -> TokenizerConfig:
+        if (self.use == "file") != (self.path is not None):
+            raise ValueError("'path' belongs to use: file, and use: file needs it")
+        return self
+
+
+class StreamConfig(Config):
+    """A named path into the model: one modality, one encoder, one connector, and how it enters."""
+
+    modality: str
+    encoder: ENCODERS.field()  # type: ignore[valid-type]
+    reader: READERS.field() | None = None  # type: ignore[valid-type]
+    """Preprocessing; None derives it from the encoder."""
+    connector: CONNECTORS.field() | None = None  # type: ignore[valid-type]
+    """None: none is needed (streams that enter nothing), or linear."""
+    enters: ENTRIES.field() = Field(default_factory=lambda: ENTRIES.parse("none"))  # type: ignore[valid-type]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Derive what is not said, so that the resolved recipe shows it."""
+        if not isinstance(data, dict) or "encoder" not in data:
+            return data
+        data = dict(data)
+        encoder = ENCODERS.parse(data["encoder"])
+        data["encoder"] = encoder
+        if data.get("reader") is None:
+            data["reader"] = encoder.default_reader()
+        entry = ENTRIES.parse(data.get("enters", "none"))
+        if data.get("connector") is None and entry.use != "none":
+            data["connector"] = CONNECTORS.parse("linear")
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> StreamConfig:
+        if self.modality not in MODALITIES:
+            raise ValueError(unknown("modality", self.modality, MODALITIES))
+        for kind, part in (("encoder", self.encoder), ("reader", self.reader)):
+            if part.modality != self.modality:
+                raise ValueError(f"{kind} {part.use!r} is for {part.modality}, the stream is {self.modality}")
+        if self.enters.use == "none" and self.connector is not None:
+            raise ValueError("the stream enters nothing, so its connector would never run; remove it or say how it enters")
+        return self
+
+
+class ModelConfig(Config):
+    """A whole model. Widths, token counts, positions and masks follow from its parts and are never typed."""
+
+    streams: dict[str, StreamConfig] = Field(default_factory=dict)
+    backbone: BACKBONES.field()  # type: ignore[valid-type]
+    heads: dict[str, HEADS.field()]  # type: ignore[valid-type]
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ModelConfig:
+        if not self.heads:
+            raise ValueError("heads: expected at least one; a model without a head has nothing to learn or to give")
+        entries = {"sequence": DecoderConfig, "merge": MergeConfig}
+        for name, stream in self.streams.items():
+            needed = entries.get(stream.enters.use)
+            if needed is not None and not isinstance(self.backbone, needed):
+                raise ValueError(
+                    f"streams.{name} enters by {stream.enters.use!r}, which needs the backbone "
+                    f"{needed.model_fields['use'].default!r}; found {self.backbone.use!r}"
+                )
+        merged = [name for name, stream in self.streams.items() if isinstance(stream.enters, MergeEntry)]
+        if isinstance(self.backbone, MergeConfig) and not merged:
+            raise ValueError("backbone merge: no stream enters by 'merge'")
+        if isinstance(self.backbone, NoBackboneConfig) and not self.streams:
+            raise ValueError("streams: a model without a backbone needs at least one stream")
+        kinds = [head.use for head in self.heads.values()]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError(f"heads: found {kinds}, expected each kind once")
+        return self
+
+    @property
+    def sequence_streams(self) -> list[str]:
+        """Names of the streams whose tokens stand among the text's."""
+        return [name for name, stream in self.streams.items() if isinstance(stream.enters, SequenceEntry)]
+
+    @property
+    def merge_streams(self) -> list[str]:
+        """Names of the streams that are merged."""
+        return [name for name, stream in self.streams.items() if isinstance(stream.enters, MergeEntry)]
+
+    def count_tokens(self, stream: str, lengths: tuple[int, ...]) -> int:
+        """How many tokens an item with units of these lengths will take in the sequence."""
+        config = self.streams[stream]
+        features = [config.encoder.num_features(length) for length in lengths]
+        return sum(int(config.connector.num_tokens(count)) for count in features)

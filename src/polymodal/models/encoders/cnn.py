@@ -1,0 +1,110 @@
+"""A small residual convolutional network. Legend: ``U`` images, ``N`` places of the last grid, ``D`` width."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+from polymodal.modalities.image import ImageReaderConfig
+from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, all_valid
+from polymodal.models.layers.convolution import shortened
+
+
+class CnnConfig(EncoderConfig):
+    """A residual network; its features are the places of its last grid.
+
+    A stem of stride 2, then stages of residual blocks; every stage after the first halves the grid and doubles the
+    width. Source: arXiv 1512.03385, section 3.3, with group norm (arXiv 1803.08494) in place of batch norm, a 3x3 stem
+    and no pooling after it, for small images.
+    """
+
+    use: Literal["cnn"] = "cnn"
+    modality: ClassVar[str] = "image"
+    image_size: int = Field(default=64, ge=1)
+    """Side of the square image in pixels."""
+    blocks: tuple[int, ...] = Field(default=(1, 1, 1), min_length=1)
+    """Residual blocks of each stage."""
+
+    @model_validator(mode="after")
+    def _width_halves(self) -> Self:
+        if self.width % 2 ** (len(self.blocks) - 1):
+            raise ValueError(f"width {self.width} cannot be halved {len(self.blocks) - 1} times for the earlier stages")
+        if min(self.blocks) < 1:
+            raise ValueError(f"found blocks {self.blocks}, expected at least 1 in each stage")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Places along one side of the last grid."""
+        return shortened(self.image_size, 2 ** len(self.blocks))
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """``(3, image_size, image_size)``."""
+        return (3, self.image_size, self.image_size)
+
+    def num_features(self, length: int) -> int:
+        """One per place of the last grid."""
+        return self.grid**2
+
+    def default_reader(self) -> ImageReaderConfig:
+        """Images of this size."""
+        return ImageReaderConfig(size_px=self.image_size)
+
+    def build(self) -> Cnn:
+        """The module."""
+        return Cnn(self)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        stride: of the first convolution and of the shortcut.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = _group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = _group_norm(out_channels)
+        changes = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[U, C, H, W]`` to ``[U, C', H / stride, W / stride]``."""
+        branch = self.norm2(self.conv2(relu(self.norm1(self.conv1(x)))))
+        return relu(branch + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Cnn(Encoder):
+    """See :class:`CnnConfig`."""
+
+    def __init__(self, config: CnnConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.width // 2 ** (len(config.blocks) - 1 - stage) for stage in range(len(config.blocks))]
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), _group_norm(widths[0]), nn.ReLU())
+        layers: list[nn.Module] = []
+        channels = widths[0]
+        for stage, (count, width) in enumerate(zip(config.blocks, widths, strict=True)):
+            for index in range(count):
+                layers.append(ResidualBlock(channels, width, 2 if stage and index == 0 else 1))
+                channels = width
+        self.stages = nn.Sequential(*layers)
+
+    def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
+        """Encode images ``[U, 3, S, S]``."""
+        self.require_shape(values, ragged=False)
+        return all_valid(self.stages(self.stem(values)).flatten(2).transpose(1, 2))
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels)

@@ -1,0 +1,142 @@
+"""Groups of neighbouring points, then a transformer.
+
+Legend: ``U`` clouds, ``L`` points, ``C`` channels (xyz first), ``G`` groups, ``K`` points of a group, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from polymodal.modalities.points import PointsReaderConfig
+from polymodal.models.encoders.base import Encoder, Features, TransformerEncoderConfig, finish
+from polymodal.models.layers import Layout, Transformer
+from polymodal.models.layers.convolution import valid_mask
+
+
+class PointGroupsConfig(TransformerEncoderConfig):
+    """Farthest-point sampling, nearest neighbours, a small PointNet for each group, a transformer over groups.
+
+    Source: Point-BERT, arXiv 2111.14819, section 3.1 and figure 2. Deviations: layer in place of batch norm; colour
+    goes in beside the relative coordinates; the code of a group's centre is added once, not before every block.
+    """
+
+    use: Literal["point_groups"] = "point_groups"
+    modality: ClassVar[str] = "points"
+    num_groups: int = Field(default=32, ge=1)
+    """Groups of a cloud; a cloud of fewer points has one for each point."""
+    group_size: int = Field(default=16, ge=1)
+    """Neighbours in a group, its centre included; a smaller cloud is one group of all its points."""
+    colour: bool = True
+    """Whether points carry rgb after xyz."""
+    num_points: int = Field(default=512, ge=1)
+    """Points that the default reader takes; the encoder itself takes any number."""
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """``(6,)`` with colour, else ``(3,)``."""
+        return (6 if self.colour else 3,)
+
+    def num_features(self, length: int) -> int:
+        """One for each group."""
+        return min(length, self.num_groups)
+
+    def default_reader(self) -> PointsReaderConfig:
+        """Clouds of at most ``num_points`` points."""
+        return PointsReaderConfig(num_points=self.num_points, colour=self.colour)
+
+    def build(self) -> PointGroups:
+        """The module."""
+        return PointGroups(self)
+
+
+@torch.no_grad()
+def farthest_points(xyz_UL3: Tensor, is_valid_UL: Tensor, count: int) -> Tensor:
+    """Indices ``[U, count]`` of points spread out: each is the one farthest from those chosen before it.
+
+    The first is the one farthest from the mean of the valid points, so that the choice does not depend on the order of
+    points. A cloud of fewer than ``count`` points repeats some of them after all have been chosen.
+
+    Source: PointNet++, arXiv 1706.02413, section 3.2 (which starts at random).
+    """
+    weight_UL1 = is_valid_UL[..., None].to(xyz_UL3.dtype)
+    mean_U3 = (xyz_UL3 * weight_UL1).sum(dim=1) / weight_UL1.sum(dim=1).clamp(min=1)
+    outside_UL = ~is_valid_UL
+    distance_UL = (xyz_UL3 - mean_U3[:, None]).square().sum(dim=-1).masked_fill(outside_UL, -1.0)
+    rows_U = torch.arange(len(xyz_UL3), device=xyz_UL3.device)
+    nearest_UL = torch.full_like(distance_UL, torch.inf).masked_fill(outside_UL, -1.0)
+    chosen = [distance_UL.argmax(dim=1)]
+    for _ in range(count - 1):
+        last_U3 = xyz_UL3[rows_U, chosen[-1]]
+        nearest_UL = torch.minimum(nearest_UL, (xyz_UL3 - last_U3[:, None]).square().sum(dim=-1))
+        # A chosen point is at distance 0 of itself; -0.5 keeps it behind a duplicate that is not chosen yet.
+        nearest_UL[rows_U, chosen[-1]] = -0.5
+        chosen.append(nearest_UL.argmax(dim=1))
+    return torch.stack(chosen, dim=1)
+
+
+@torch.no_grad()
+def nearest_points(xyz_UL3: Tensor, is_valid_UL: Tensor, centre_UG3: Tensor, count: int) -> Tensor:
+    """Indices ``[U, G, K]``, ``K = min(count, L)``, of the nearest valid points of each centre, nearest first.
+
+    Where a cloud has fewer valid points than K, the nearest one is repeated.
+    """
+    distance_UGL = (centre_UG3[:, :, None] - xyz_UL3[:, None]).square().sum(dim=-1)
+    distance_UGL = distance_UGL.masked_fill(~is_valid_UL[:, None], torch.inf)
+    near_UGK, index_UGK = distance_UGL.topk(min(count, xyz_UL3.shape[1]), dim=-1, largest=False)
+    return torch.where(near_UGK.isinf(), index_UGK[..., :1], index_UGK)
+
+
+class GroupEncoder(nn.Module):
+    """A PointNet in small: each point alone, the group's maximum beside each, each alone again, the maximum.
+
+    Args:
+        channels: ``C`` of a point.
+        width: ``D``.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(channels, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, width))
+        self.second = nn.Sequential(
+            nn.Linear(2 * width, width), nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, groups_UGKC: Tensor) -> Tensor:
+        """Map ``[U, G, K, C]`` to ``[U, G, D]``; repeated points change nothing."""
+        x_UGKD = self.first(groups_UGKC)
+        whole_UGKD = x_UGKD.amax(dim=2, keepdim=True).expand_as(x_UGKD)
+        out: Tensor = self.second(torch.cat((whole_UGKD, x_UGKD), dim=-1)).amax(dim=2)
+        return out
+
+
+class PointGroups(Encoder):
+    """See :class:`PointGroupsConfig`."""
+
+    config: PointGroupsConfig
+
+    def __init__(self, config: PointGroupsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.group = GroupEncoder(config.unit_shape[0], config.width)
+        self.centre_proj = nn.Sequential(nn.Linear(3, config.width), nn.GELU(), nn.Linear(config.width, config.width))
+        self.transformer = Transformer(config.stack())
+
+    def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
+        """Encode clouds ``[U, L, C]``."""
+        self.require_shape(values)
+        config = self.config
+        is_valid_UL = valid_mask(lengths_U, values.shape[1])
+        xyz_UL3 = values[..., :3]
+        centres_UG = farthest_points(xyz_UL3, is_valid_UL, min(config.num_groups, values.shape[1]))
+        rows_U1 = torch.arange(len(values), device=values.device)[:, None]
+        centre_UG3 = xyz_UL3[rows_U1, centres_UG]
+        near_UGK = nearest_points(xyz_UL3, is_valid_UL, centre_UG3, config.group_size)
+        groups_UGKC = values[rows_U1[..., None], near_UGK]
+        relative_UGK3 = groups_UGKC[..., :3] - centre_UG3[:, :, None]
+        x_UGD = self.group(torch.cat((relative_UGK3, groups_UGKC[..., 3:]), dim=-1)) + self.centre_proj(centre_UG3)
+        is_valid_UG = valid_mask(lengths_U.clamp(max=config.num_groups), x_UGD.shape[1])
+        return finish(self.transformer(x_UGD, Layout.padded(is_valid_UG, causal=False)), is_valid_UG)

@@ -1,0 +1,141 @@
+"""Keys and values of what a causal transformer has read, preallocated.
+
+Legend: ``B`` rows, ``T`` new tokens, ``H`` key-value heads, ``K`` head width, ``M`` tokens in the cache after the step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polymodal.core.errors import ConfigError
+
+
+class KVCache:
+    """The state of incremental decoding: passed in, filled in place, owned by the caller.
+
+    Rows may have different lengths: prompts are padded on the right, and each row appends at its own place, over its
+    padding. A query at position p sees the slots 0 .. p of its row, so that stale slots are never seen.
+
+    Args:
+        num_layers: layers of the transformer.
+        rows: ``B``.
+        kv_heads: ``H``.
+        max_tokens: slots of each row.
+        head_dim: ``K``.
+        dtype: of keys and values.
+        device: where they are.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        rows: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_layers, rows, kv_heads, max_tokens, head_dim)
+        # Zeros, not uninitialised memory: a masked slot that held NaN would still poison the weighted sum.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.max_tokens = max_tokens
+        self._lengths = [0] * rows
+        self._slots_BT: Tensor | None = None
+        self._end = 0
+
+    @property
+    def rows(self) -> int:
+        """``B``."""
+        return len(self._lengths)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the longest row."""
+        return max(self._lengths)
+
+    @property
+    def lengths_B(self) -> Tensor:
+        """Tokens in each row, int64 on the cache's device."""
+        return torch.tensor(self._lengths, dtype=torch.int64, device=self.keys.device)
+
+    def begin(self, tokens: int) -> tuple[Tensor, Tensor | None, bool]:
+        """Open a step that reads ``tokens`` new tokens in every row.
+
+        Returns:
+            positions ``[B, T]`` or ``[1, T]`` of the new tokens, the mask ``[B or 1, 1, T, M]`` or None, and whether
+            attention among the new tokens alone with a causal flag is enough (the cache is empty).
+
+        Raises:
+            ConfigError: if the tokens do not fit.
+        """
+        start, device = self.length, self.keys.device
+        if start + tokens > self.max_tokens:
+            raise ConfigError(
+                f"key-value cache: found {start} + {tokens} tokens, expected at most {self.max_tokens}; "
+                "make the cache larger or shorten the prompt"
+            )
+        self._end = start + tokens
+        new_T = torch.arange(tokens, device=device)
+        if min(self._lengths) == start:
+            self._slots_BT = None
+            positions_BT = (start + new_T)[None]
+            if start == 0 or tokens == 1:
+                return positions_BT, None, start == 0
+        else:
+            self._slots_BT = positions_BT = self.lengths_B[:, None] + new_T
+        seen_M = torch.arange(self._end, device=device)
+        return positions_BT, (seen_M <= positions_BT[..., None])[:, None], False
+
+    def append(self, layer: int, keys_BHTK: Tensor, values_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one layer's new keys and values; returns views ``[B, H, M, K]`` of all that the step may see."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self._slots_BT is None:
+            start = self._end - keys_BHTK.shape[2]
+            keys[:, :, start : self._end] = keys_BHTK
+            values[:, :, start : self._end] = values_BHTK
+        else:
+            rows_B1 = torch.arange(self.rows, device=keys.device)[:, None]
+            keys[rows_B1, :, self._slots_BT] = keys_BHTK.transpose(1, 2).to(keys.dtype)
+            values[rows_B1, :, self._slots_BT] = values_BHTK.transpose(1, 2).to(values.dtype)
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+    def end(self, tokens: int, is_valid_BT: Tensor | None) -> None:
+        """Close the step: each row grows by its valid tokens (which stand before its padding)."""
+        grown = [tokens] * self.rows if is_valid_BT is None else is_valid_BT.sum(dim=1).tolist()
+        self._lengths = [length + int(new) for length, new in zip(self._lengths, grown, strict=True)]
+
+    def crop(self, length: int) -> None:
+        """Forget everything after the first ``length`` tokens of each row."""
+        self._lengths = [min(old, length) for old in self._lengths]
+
+    def clone(self, rows: int | None = None, max_tokens: int | None = None) -> KVCache:
+        """An independent copy, optionally of one row repeated, with more or fewer slots.
+
+        Args:
+            rows: repeat a one-row cache this many times (a shared prefix); None keeps the rows.
+            max_tokens: slots of the copy; None keeps them.
+
+        Raises:
+            ConfigError: if several rows are to be repeated, or the tokens do not fit.
+        """
+        if rows is not None and self.rows != 1:
+            raise ConfigError(f"key-value cache: found {self.rows} rows, expected 1 row to repeat {rows} times")
+        slots = self.max_tokens if max_tokens is None else max_tokens
+        if slots < self.length:
+            raise ConfigError(f"key-value cache: found {self.length} tokens, expected at most the copy's {slots}")
+        layers, old_rows, heads, _, head_dim = self.keys.shape
+        new_rows = rows or old_rows
+        copy = KVCache(layers, new_rows, heads, slots, head_dim, self.keys.dtype, self.keys.device)
+        copy.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
+        copy.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
+        copy._lengths = self._lengths * (new_rows // old_rows)
+        return copy
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep the given rows in the given order (finished rows leave a batch)."""
+        self.keys = self.keys[:, rows_B]
+        self.values = self.values[:, rows_B]
+        self._lengths = [self._lengths[row] for row in rows_B.tolist()]

@@ -1,0 +1,234 @@
+"""The transformer stack. Legend: ``B`` rows, ``T`` tokens, ``D`` width."""
+
+from __future__ import annotations
+
+import math
+from typing import Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from polymodal.core.config import Config
+from polymodal.core.errors import ConfigError
+from polymodal.models.layers.attention import Attention, Memory, Step
+from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.layout import Layout
+from polymodal.models.layers.mlp import MLP, Activation
+from polymodal.models.layers.norm import NormKind, build_norm
+from polymodal.models.layers.positions import rope_tables
+
+
+class TransformerConfig(Config):
+    """Everything that tells one published transformer from another, embeddings and heads apart."""
+
+    width: int = Field(default=128, ge=1)
+    depth: int = Field(default=4, ge=0)
+    heads: int = Field(default=4, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key-value heads; None: as many as heads."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of one head; None: width / heads."""
+    mlp_dim: int | None = Field(default=None, ge=1)
+    """Hidden width of the MLP; None: 4 x width."""
+    norm: NormKind = "layer"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    activation: Activation = "gelu"
+    gated: bool = False
+    """Whether the MLP is gated (three projections)."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised per head."""
+    bias: bool = True
+    """Whether projections and layer norms have a bias."""
+    qkv_bias: bool | None = None
+    """Whether queries, keys and values have a bias; None: as ``bias``."""
+    rope_theta: float | None = Field(default=None, gt=0)
+    """Base of the rotary code; None: no rotary code."""
+    pre_norm: bool = True
+    """Whether norms stand before each sublayer (GPT-2 and later) or after the residual sum (BERT)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Of attention weights and of each sublayer's output."""
+    layer_scale: float | None = Field(default=None, gt=0)
+    """Initial per-channel gain of each sublayer (arXiv 2103.17239, section 2); None: no gain."""
+    cross_width: int | None = Field(default=None, ge=1)
+    """Width of the memory that blocks cross-attend to, between self-attention and MLP; None: no cross-attention."""
+    cross_every: int = Field(default=1, ge=1)
+    """Blocks 0, n, 2n, ... cross-attend."""
+    final_norm: bool = True
+    """Whether the output is normalised."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.head_dim is None and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one or set head_dim")
+        if self.heads % self.num_kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.rope_theta is not None and self.size_of_head % 2:
+            raise ValueError(f"rotary codes need an even head width, found {self.size_of_head}")
+        return self
+
+    @property
+    def num_kv_heads(self) -> int:
+        """``kv_heads`` with its default filled in."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def size_of_head(self) -> int:
+        """``head_dim`` with its default filled in."""
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention where the config asks for it, MLP; each with a residual.
+
+    Args:
+        config: of the whole stack.
+        has_cross: whether this block cross-attends.
+    """
+
+    def __init__(self, config: TransformerConfig, has_cross: bool) -> None:
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention_norm = _norm(config)
+        self.attention = _attention(config, None)
+        self.cross_norm = _norm(config) if has_cross else None
+        self.cross_attention = _attention(config, config.cross_width) if has_cross else None
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config.width, config.mlp_dim or 4 * config.width, config.activation, config.gated, config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        scale = config.layer_scale
+        self.attention_scale = nn.Parameter(torch.full((config.width,), scale)) if scale else None
+        self.cross_scale = nn.Parameter(torch.full((config.width,), scale)) if scale and has_cross else None
+        self.mlp_scale = nn.Parameter(torch.full((config.width,), scale)) if scale else None
+
+    def forward(self, x_BTD: Tensor, step: Step, layer: int, memory: Memory | None) -> Tensor:
+        """One block; ``layer`` is its place in the cache."""
+        branch = self.attention(self.attention_norm(x_BTD) if self.pre_norm else x_BTD, step, layer)
+        x_BTD = self._add(x_BTD, branch, self.attention_scale, self.attention_norm)
+        if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
+            inner = self.cross_norm(x_BTD) if self.pre_norm else x_BTD
+            branch = self.cross_attention.cross(inner, memory, step.layout)
+            x_BTD = self._add(x_BTD, branch, self.cross_scale, self.cross_norm)
+        branch = self.mlp(self.mlp_norm(x_BTD) if self.pre_norm else x_BTD)
+        return self._add(x_BTD, branch, self.mlp_scale, self.mlp_norm)
+
+    def _add(self, x_BTD: Tensor, branch_BTD: Tensor, scale_D: Tensor | None, norm: nn.Module) -> Tensor:
+        branch_BTD = self.dropout(branch_BTD)
+        x_BTD = x_BTD + (branch_BTD if scale_D is None else branch_BTD * scale_D)
+        return x_BTD if self.pre_norm else norm(x_BTD)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over ``[B, T, D]``; embeddings, learned positions and heads are the caller's.
+
+    Set ``checkpointing`` to True to recompute each block in the backward pass instead of keeping its activations.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        crosses = [config.cross_width is not None and i % config.cross_every == 0 for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, has_cross) for has_cross in crosses)
+        self.final_norm = _norm(config) if config.final_norm else None
+        initialise(self, config.depth)
+
+    def forward(
+        self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """Run the stack.
+
+        Args:
+            x_BTD: token states, positions already added unless rotary.
+            layout: who may attend to whom; with a cache it is causal and describes the new tokens.
+            cache: read and filled in place; rows grow by their valid new tokens.
+            memory: what cross-attending blocks look at; None skips them.
+
+        Returns:
+            States of the same shape and dtype.
+
+        Raises:
+            ConfigError: if the layout, the cache or the memory does not fit.
+        """
+        layout.check(*x_BTD.shape[:2])
+        if memory is not None and self.config.cross_width is None:
+            raise ConfigError("found a memory, expected none: this transformer has no cross-attention; set cross_width")
+        step = self.step(x_BTD, layout, cache)
+        for layer in range(len(self.blocks)):
+            x_BTD = self.run_block(layer, x_BTD, step, memory)
+        if cache is not None:
+            cache.end(x_BTD.shape[1], layout.is_valid_BT)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD
+
+    def new_cache(self, rows: int, max_tokens: int) -> KVCache:
+        """An empty cache for this transformer, on its device, in its dtype."""
+        config = self.config
+        weight = next(self.parameters())
+        return KVCache(
+            config.depth, rows, config.num_kv_heads, max_tokens, config.size_of_head, weight.dtype, weight.device
+        )
+
+    def run_block(self, layer: int, x_BTD: Tensor, step: Step, memory: Memory | None = None) -> Tensor:
+        """One block, recomputed in the backward pass where ``checkpointing`` asks for it."""
+        block = self.blocks[layer]
+        out: Tensor
+        if self.checkpointing and torch.is_grad_enabled() and step.cache is None:
+            out = checkpoint(block, x_BTD, step, layer, memory, use_reentrant=False)
+        else:
+            out = block(x_BTD, step, layer, memory)
+        return out
+
+    def step(self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None) -> Step:
+        """What all layers of one pass share; for callers that run the blocks themselves with :meth:`run_block`."""
+        tokens, theta = x_BTD.shape[1], self.config.rope_theta
+        if cache is not None:
+            if not layout.causal or layout.segment_lengths is not None:
+                raise ConfigError("found a cache with a packed or bidirectional layout, expected causal padded rows")
+            positions_BT, mask, is_first = cache.begin(tokens)
+            is_causal = is_first and mask is None
+        else:
+            positions_BT, mask, is_first = layout.positions(tokens, x_BTD.device), layout.mask, False
+            is_causal = layout.causal and mask is None
+        rope = None if theta is None else rope_tables(positions_BT, self.config.size_of_head, theta, x_BTD.dtype)
+        return Step(layout, rope, mask, is_causal, cache, is_first)
+
+
+def initialise(module: nn.Module, depth: int) -> None:
+    """Set the weights of a part for training from scratch.
+
+    Every linear and embedding weight is drawn from a normal of deviation 0.02 cut at two deviations; biases are 0;
+    projections that end a residual branch (``out_proj``, ``down_proj``) are divided by ``sqrt(2 depth)``, so that the
+    sum over all branches keeps its size (GPT-2, section 2.3). Norms keep their ones and zeros.
+    """
+    for name, inner in module.named_modules():
+        if isinstance(inner, nn.Linear | nn.Embedding):
+            is_residual = name.endswith(("out_proj", "down_proj"))
+            std = 0.02 / math.sqrt(2 * max(depth, 1)) if is_residual else 0.02
+            nn.init.trunc_normal_(inner.weight, std=std, a=-2 * std, b=2 * std)
+            if isinstance(inner, nn.Linear) and inner.bias is not None:
+                nn.init.zeros_(inner.bias)
+
+
+def _norm(config: TransformerConfig) -> nn.Module:
+    return build_norm(config.norm, config.width, config.norm_eps, config.bias)
+
+
+def _attention(config: TransformerConfig, memory_width: int | None) -> Attention:
+    return Attention(
+        config.width,
+        config.heads,
+        config.num_kv_heads,
+        config.size_of_head,
+        memory_width=memory_width,
+        qkv_bias=config.bias if config.qkv_bias is None else config.qkv_bias,
+        bias=config.bias,
+        qk_norm=config.norm if config.qk_norm else None,
+        norm_eps=config.norm_eps,
+        dropout=config.dropout,
+    )

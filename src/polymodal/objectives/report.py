@@ -1,0 +1,64 @@
+"""What an objective is: the pass that it needs, and a pure function from a model's outputs to a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from polymodal.core.batch import Batch, Outputs
+from polymodal.core.config import Config
+from polymodal.core.errors import ConfigError
+
+Pass = Literal["sequence", "embed", "merge"]
+"""Which forward pass fills the outputs that an objective reads."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class LossReport:
+    """One objective's loss on one batch.
+
+    Args:
+        total: scalar float32 tensor to differentiate. Where ``count`` is 0 it is a plain zero without a graph, so that
+            an absent modality's parameters keep the gradient None and are left alone by the optimizer.
+        parts: detached scalar per modality or per pair of streams, for the log.
+        count: how many things ``total`` is the mean over (tokens, samples or pairs); 0 if the batch holds none.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+
+class ObjectiveConfig(Config):
+    """Base of the objectives: a config that is called with the outputs and the batch."""
+
+    needs: ClassVar[Pass]
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
+        """The loss of one batch."""
+        raise NotImplementedError
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that the config names, which a recipe must have."""
+        return ()
+
+
+def required(value: T | None, objective: str, what: str, head: str) -> T:
+    """``value``, which ``objective`` reads from the outputs.
+
+    Raises:
+        ConfigError: if it is None; says which head fills it.
+    """
+    if value is None:
+        raise ConfigError(f"objective {objective}: the outputs have no {what}; add {head} to the model's heads")
+    return value
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in at least float32: losses are not computed in half precision."""
+    return x if x.element_size() >= 4 else x.float()

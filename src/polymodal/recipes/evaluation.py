@@ -1,0 +1,55 @@
+"""Evaluation of a run: models by folder, tasks by file or config."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from polymodal.core.config import load_yaml
+from polymodal.evaluation.runner import Progress
+from polymodal.evaluation.runner import evaluate as run_task
+from polymodal.evaluation.scores import Report
+from polymodal.evaluation.tasks import TASKS, QuestionsTask, TaskConfig
+from polymodal.recipes.model import Model, load
+
+
+def resolve_task(task: Any, root: str | os.PathLike[str] = ".") -> TaskConfig:
+    """A task config from a config, plain data, a YAML file, or a JSON Lines file of questions.
+
+    Args:
+        task: any of these.
+        root: the folder that a relative ``data`` path starts from.
+    """
+    if isinstance(task, TaskConfig):
+        return task
+    if isinstance(task, str | os.PathLike):
+        path = Path(task)
+        if path.suffix not in (".yaml", ".yml"):
+            return QuestionsTask(data=str(path))
+        task = load_yaml(path.read_text(encoding="utf-8"), str(path))
+        root = path.parent
+    data = dict(task)
+    if "data" in data:
+        data["data"] = str(Path(root) / data["data"])
+    return TASKS.parse(data, "task")
+
+
+def evaluate(
+    model: Model | str | os.PathLike[str],
+    task: Any,
+    *,
+    predictions: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure a model on a task, beside its baselines.
+
+    Args:
+        model: a loaded model or a run folder.
+        task: a task config, its plain data, a YAML file of one, or a JSON Lines file of questions.
+        predictions: where to store what the model said, for re-scoring.
+        progress: called as ``progress(condition, done, total)``.
+    """
+    loaded = model if isinstance(model, Model) else load(model)
+    stored = None if predictions is None else os.fspath(predictions)
+    return run_task(loaded, resolve_task(task), predictions=stored, progress=progress)

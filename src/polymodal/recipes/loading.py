@@ -1,0 +1,48 @@
+"""Recipes from files: presets by name, YAML by path, overrides on top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from polymodal.core.config import apply_overrides, load_yaml, unknown
+from polymodal.core.errors import ConfigError
+from polymodal.recipes.schema import Recipe
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_recipe(recipe: str | os.PathLike[str] | dict[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe of a preset name, a YAML file, plain data or a recipe, with overrides applied.
+
+    Raises:
+        ConfigError: if it is not found or not valid; names the key and the valid ones.
+    """
+    if isinstance(recipe, Recipe):
+        overrides = list(overrides)
+        return load_recipe(recipe.to_data(), overrides) if overrides else recipe
+    if isinstance(recipe, dict):
+        data, where = recipe, "recipe"
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            preset = PRESETS / f"{os.fspath(recipe)}.yaml"
+            if not preset.is_file():
+                raise ConfigError(f"{recipe}: is no file, and {unknown('preset', recipe, preset_names())}")
+            path = preset
+        data, where = load_yaml(path.read_text(encoding="utf-8"), str(recipe)), str(recipe)
+    return Recipe.parse(apply_overrides(data, overrides), where)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; :func:`load_recipe` reads it back to an equal value."""
+    return yaml.safe_dump(recipe.to_data(), sort_keys=False, width=120)

@@ -1,0 +1,186 @@
+"""The model as users hold it: chat, stream, embed, logits."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polymodal.core.errors import CheckpointError, ConfigError, SampleError
+from polymodal.core.parts import Part, Text
+from polymodal.core.samples import Message, Sample, conversation
+from polymodal.inference.engine import Engine, Generation
+from polymodal.inference.sampling import Sampling
+from polymodal.modalities.text import Tokenizer, TokenStream
+from polymodal.recipes.assemble import Assembly, assemble
+from polymodal.recipes.loading import load_recipe
+from polymodal.safety.checks import check_input
+from polymodal.training.weights import read_weights
+
+WEIGHTS = "model.safetensors"
+RECIPE = "recipe.yaml"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said.
+
+    Args:
+        text: the answer.
+        tokens: its token ids.
+        finish: ``stop`` (the model ended its turn), ``length`` (it ran out of room) or ``blocked`` (by a safety check).
+        prompt_tokens: length of the prompt, media included.
+        reused_tokens: how many of them came from the prefix cache.
+        seconds: wall time.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    finish: str = "stop"
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """A trained (or random) model with everything it needs to be used.
+
+    Args:
+        assembly: recipe, tokenizer, processor and network.
+        device: where to run; None takes the recipe's choice.
+    """
+
+    def __init__(self, assembly: Assembly, device: str | None = None) -> None:
+        self.recipe = assembly.recipe
+        self.tokenizer = assembly.tokenizer
+        self.network = assembly.network
+        precision = self.recipe.precision
+        self.compute = precision.model_copy(update={"device": device or precision.device}).resolve()
+        self.network.to(self.compute.device)
+        self.engine = Engine(self.network, assembly.processor)
+
+    def chat(
+        self, *parts: Part | str, history: Sequence[Message] = (), sampling: Sampling | None = None, **options: Any
+    ) -> Answer:
+        """Answer one user turn.
+
+        Args:
+            parts: text and media in reading order.
+            history: earlier messages.
+            sampling: how to draw; or its fields as keywords (``max_new_tokens=20``).
+            options: fields of :class:`Sampling`.
+
+        Raises:
+            SampleError: if the turn cannot be laid out for this model.
+            MediaError: if a media item cannot be used.
+        """
+        started = time.perf_counter()
+        generation = Generation()
+        pieces = list(self._stream(_turn(parts, history), sampling or Sampling.parse(options), generation))
+        return Answer(
+            "".join(pieces),
+            tuple(generation.ids),
+            generation.finish,
+            generation.num_prompt_tokens,
+            generation.num_reused_tokens,
+            time.perf_counter() - started,
+        )
+
+    def stream(
+        self, *parts: Part | str, history: Sequence[Message] = (), sampling: Sampling | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Like :meth:`chat`, yielding the text piece by piece as it is drawn."""
+        return self._stream(_turn(parts, history), sampling or Sampling.parse(options), Generation())
+
+    def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
+        """Greedy answers to many conversations, batched; trailing assistant turns are left out of the prompts."""
+        prompts = [_without_answer(sample) for sample in samples]
+        generations = self.engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens))
+        return [self.tokenizer.decode(generation.ids).strip() for generation in generations]
+
+    def embed(self, parts: Sequence[Part | str], batch_size: int = 64) -> NDArray[np.float32]:
+        """Unit vectors in the model's shared space, float32 ``[N, E]``, one per part.
+
+        Raises:
+            ConfigError: if the model has no projection head.
+            SampleError: if no stream of the shared space takes a part's modality.
+        """
+        wrapped = [Text(part) if isinstance(part, str) else part for part in parts]
+        head = self.network.head("projection")
+        spaces = {self.recipe.model.streams[name].modality: name for name in reversed(list(head.projs))}  # type: ignore[arg-type]
+        vectors = np.zeros((len(wrapped), head.config.dim), dtype=np.float32)  # type: ignore[union-attr]
+        by_modality: dict[str, list[int]] = {}
+        for index, part in enumerate(wrapped):
+            if part.modality not in spaces:
+                raise SampleError(f"part {index}", f"is {part.modality}, the shared space holds {sorted(spaces)}")
+            by_modality.setdefault(part.modality, []).append(index)
+        for modality, indices in by_modality.items():
+            for start in range(0, len(indices), batch_size):
+                rows = indices[start : start + batch_size]
+                views = [Sample(f"part {i}", views={modality: wrapped[i]}) for i in rows]
+                vectors[rows] = self.engine.embed(views)[spaces[modality]][0]
+        return vectors
+
+    def logits(self, parts: Sequence[Part | str]) -> NDArray[np.float32]:
+        """Logits over the fused sequence of one user turn and the opening of its answer, float32 ``[T, V]``."""
+        return np.asarray(self.engine.logits(_turn(tuple(parts), ())).cpu().numpy(), dtype=np.float32)
+
+    def _stream(self, sample: Sample, sampling: Sampling, generation: Generation) -> Iterator[str]:
+        verdict = check_input(sample)
+        if verdict.action == "block":
+            found = "; ".join(reason.message for reason in verdict.reasons)
+            raise SampleError(sample.id, f"refused by the input check: {found}")
+        decoder = TokenStream(self.tokenizer)
+        for token in self.engine.stream(sample, sampling, generation):
+            piece = decoder.push(token)
+            if piece:
+                yield piece
+        rest = decoder.finish()
+        if rest:
+            yield rest
+
+
+def _turn(parts: tuple[Part | str, ...], history: Sequence[Message]) -> Sample:
+    if not parts:
+        raise ConfigError("found nothing to answer, expected at least one text or media part")
+    turn = conversation(*parts)
+    return Sample(turn.id, (*history, *turn.messages))
+
+
+def _without_answer(sample: Sample) -> Sample:
+    messages = sample.messages
+    if messages and messages[-1].role == "assistant":
+        messages = messages[:-1]
+    return Sample(sample.id, messages, sample.views, sample.label, sample.meta)
+
+
+def load(path: str | os.PathLike[str], device: str | None = None) -> Model:
+    """The model of a run folder.
+
+    Args:
+        path: the folder that ``polymodal train`` or ``quickstart`` wrote.
+        device: ``cpu`` or ``cuda``; None takes the recipe's choice.
+
+    Raises:
+        CheckpointError: if the folder is not a finished run, or its weights do not match its recipe.
+    """
+    folder = Path(path)
+    missing = [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: is not a run folder: {', '.join(missing)} missing; expected what 'polymodal train' leaves there"
+        )
+    recipe = load_recipe(folder / RECIPE)
+    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER))
+    read_weights(parts.network, folder / WEIGHTS)
+    return Model(parts, device)

@@ -1,0 +1,1 @@
+"""Search: vectors in, the nearest entries out."""

@@ -1,0 +1,186 @@
+"""What every encoder promises, over every entry of the table: a new encoder is tested by existing.
+
+Entries are built from their defaults, which are small; ``VARIANTS`` adds the settings that change a tensor's way.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from polymodal.core.errors import ConfigError
+from polymodal.core.limits import Limits
+from polymodal.modalities.table import build_reader
+from polymodal.models.encoders import ENCODERS, Encoder, EncoderConfig
+
+VARIANTS: list[dict[str, Any]] = [
+    {"use": "vit", "stem": "conv", "registers": 2, "pool": "cls", "layer": -2},
+    {"use": "vit", "positions": "sincos", "pool": "cls", "embed_norm": True, "patch_bias": False},
+    {"use": "cnn", "image_size": 30, "blocks": [2, 1]},
+    {"use": "audio_transformer", "strides": [1, 2]},
+    {"use": "audio_conv1d", "strides": [4, 1], "kernel": 4},
+    {"use": "frame_temporal", "features": "patch", "image_size": 32, "pool": "cls"},
+    {"use": "tubelet", "attention": "divided", "image_size": 32, "tubelet_size": 3},
+    {"use": "point_groups", "colour": False, "num_groups": 4, "group_size": 3},
+    {"use": "pointnet", "colour": False, "hidden": []},
+    {"use": "sensor_patch", "channels": "separate", "num_channels": 3},
+    {"use": "tcn", "causal": True, "stride": 1, "kernel": 2},
+    {"use": "spectrum", "window": 9, "hop": 9, "num_bands": 5},
+    {"use": "text_transformer", "causal": True, "pool": "last"},
+    {"use": "text_transformer", "pool": "cls"},
+]
+CASES = [{"use": name} for name in ENCODERS] + VARIANTS
+LENGTHS = (7, 1, 12, 2, 5)
+
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+
+
+def make(case: dict[str, Any]) -> tuple[EncoderConfig, Encoder]:
+    torch.manual_seed(0)
+    config = ENCODERS.parse(case)
+    return config, config.build().eval()
+
+
+def units(config: EncoderConfig, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if config.modality == "image":
+        return [torch.randn(config.unit_shape, generator=generator) for _ in lengths]
+    if config.modality == "text":
+        return [torch.randint(config.vocab_size, (length,), generator=generator) for length in lengths]
+    return [torch.randn(length, *config.unit_shape, generator=generator) for length in lengths]
+
+
+def collate(config: EncoderConfig, inputs: list[Tensor], extra: int = 0) -> tuple[Tensor, Tensor]:
+    """Units with zero padding, as the processor makes them."""
+    if config.modality == "image":
+        return torch.stack(inputs), torch.ones(len(inputs), dtype=torch.int64)
+    lengths = [len(unit) for unit in inputs]
+    values = torch.zeros(len(inputs), max(lengths) + extra, *inputs[0].shape[1:], dtype=inputs[0].dtype)
+    for row, unit in enumerate(inputs):
+        values[row, : len(unit)] = unit
+    return values, torch.tensor(lengths)
+
+
+def lengths_of(config: EncoderConfig) -> tuple[int, ...]:
+    return (1,) * len(LENGTHS) if config.modality == "image" else LENGTHS
+
+
+@cases
+def test_counts_shapes_and_masks_are_exact(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    with torch.no_grad():
+        out = encoder(*collate(config, units(config)))
+    counts = [config.num_features(length) for length in lengths_of(config)]
+    assert out.is_valid_UN.dtype == torch.bool
+    assert out.is_valid_UN.sum(1).tolist() == counts
+    assert out.x_UND.shape == (len(LENGTHS), max(counts), config.width)
+    assert out.pooled_UD.shape == (len(LENGTHS), config.width)
+    for row, count in enumerate(counts):
+        assert out.is_valid_UN[row, :count].all()  # valid ones come first
+        assert not out.x_UND[row, count:].any()
+    assert out.x_UND.isfinite().all() and out.pooled_UD.isfinite().all()
+
+
+@cases
+def test_num_features_is_exact_for_every_length(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    for length in range(1, 3 if config.modality == "image" else 26):
+        with torch.no_grad():
+            out = encoder(*collate(config, units(config, (length,))))
+        assert out.x_UND.shape[1] == config.num_features(1 if config.modality == "image" else length), length
+
+
+@cases
+def test_padding_order_and_neighbours_do_not_matter(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    inputs = units(config)
+    with torch.no_grad():
+        together = encoder(*collate(config, inputs))
+        reverse = encoder(*collate(config, inputs[::-1], extra=5))
+        for row, unit in enumerate(inputs):
+            alone = encoder(*collate(config, [unit]))
+            count = alone.x_UND.shape[1]
+            for out, place in ((together, row), (reverse, len(inputs) - 1 - row)):
+                torch.testing.assert_close(out.x_UND[place, :count], alone.x_UND[0], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(out.pooled_UD[place], alone.pooled_UD[0], atol=1e-5, rtol=1e-5)
+
+
+@cases
+def test_what_stands_in_the_padding_is_never_read(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    if config.modality == "image":
+        pytest.skip("images have no padding")
+    values, lengths = collate(config, units(config))
+    dirty = values.clone()
+    for row, length in enumerate(lengths.tolist()):
+        dirty[row, length:] = 1 if config.modality == "text" else 1e3
+    with torch.no_grad():
+        clean_out, dirty_out = encoder(values, lengths), encoder(dirty, lengths)
+    torch.testing.assert_close(dirty_out.x_UND, clean_out.x_UND, atol=1e-5, rtol=1e-5)
+
+
+@cases
+def test_every_trainable_parameter_learns_and_no_frozen_one(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    encoder.train()
+    values, lengths = collate(config, units(config))
+    weights = torch.Generator().manual_seed(1)
+
+    def backward() -> None:
+        out = encoder(values, lengths)
+        loss = (out.x_UND * torch.randn(out.x_UND.shape, generator=weights)).sum()
+        (loss + (out.pooled_UD * torch.randn(out.pooled_UD.shape, generator=weights)).sum()).backward()
+
+    backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        # A key's bias shifts all scores of a query alike: its true gradient is zero.
+        assert parameter.grad.abs().sum() > 0 or name.endswith("k_proj.bias"), name
+    encoder.zero_grad(set_to_none=True)
+    frozen = [parameter for index, parameter in enumerate(encoder.parameters()) if index % 2]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    backward()
+    assert all(parameter.grad is None for parameter in frozen)
+    assert all(parameter.grad is not None for parameter in encoder.parameters() if parameter.requires_grad)
+
+
+@cases
+def test_the_same_seed_gives_the_same_module_and_the_same_result(case: dict[str, Any]) -> None:
+    (config, one), (_, other) = make(case), make(case)
+    batch = collate(config, units(config))
+    with torch.no_grad():
+        first, again, twin = one(*batch), one(*batch), other(*batch)
+    assert torch.equal(first.x_UND, again.x_UND) and torch.equal(first.x_UND, twin.x_UND)
+    assert torch.equal(first.pooled_UD, twin.pooled_UD)
+
+
+@cases
+def test_weights_and_config_go_out_and_come_back(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    torch.manual_seed(1)
+    again = ENCODERS.parse(config.to_data())
+    assert again == config
+    copy = again.build().eval()
+    copy.load_state_dict(encoder.state_dict())
+    batch = collate(config, units(config))
+    with torch.no_grad():
+        assert torch.equal(copy(*batch).x_UND, encoder(*batch).x_UND)
+
+
+@cases
+def test_the_default_reader_makes_the_units_that_the_encoder_takes(case: dict[str, Any]) -> None:
+    config = ENCODERS.parse(case)
+    reader = config.default_reader()
+    assert reader.modality == config.modality
+    assert build_reader(reader, Limits(), tokenizer=None).unit_shape == config.unit_shape
+
+
+@cases
+def test_units_of_another_shape_are_refused(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    values, lengths = collate(config, units(config))
+    wrong = torch.cat((values, values), dim=-1) if values.dim() > 2 else values[..., None]
+    with pytest.raises(ConfigError, match=r"found units of shape .* make the encoder's config and its reader's agree"):
+        encoder(wrong, lengths)

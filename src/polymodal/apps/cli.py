@@ -37,14 +37,40 @@ def _command(name: str) -> Any:
     return getattr(importlib.import_module(f"polymodal.apps.{module}"), function)
 
 
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        from polymodal import __version__
+
+        typer.echo(f"polymodal {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Compose, align, measure, search with and serve multimodal models."""
+
+
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="Folder for the data, the run and the report.")] = Path("runs/quickstart"),
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes to the recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all it makes; runs/PRESET if not given.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="quickstart (minutes), or scenes-full (longer and better).")
+    ] = "quickstart",
+    scenes: Annotated[
+        str | None, typer.Option(help="TRAIN,VAL,NOVEL scenes to make; the preset's if not given.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Train a small model of six modalities from random weights, measure it, and write a report."""
-    _command("quickstart:run")(out, overrides or [], as_json=json)
+    """Train a small model of six modalities from random weights, measure it, and write a report.
+
+    The same command again goes on where it stopped.
+    """
+    _command("quickstart:run")(out or Path("runs") / Path(preset).stem, overrides or [], preset, scenes, as_json=json)
 
 
 @app.command()
@@ -132,7 +158,7 @@ def data_make(
 
 @data_app.command("import")
 def data_import(
-    format: Annotated[str, typer.Argument(help="llava, coco, folder or csv.")],
+    format: Annotated[str, typer.Argument(help="llava, coco-captions, coco-instances, folder or csv.")],
     source: Annotated[Path, typer.Argument(help="What to import.")],
     out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
     options: Annotated[list[str] | None, typer.Argument(help="key=value options of the format.")] = None,
@@ -143,9 +169,13 @@ def data_import(
 
 
 @data_app.command("inspect")
-def data_inspect(data: Annotated[Path, typer.Argument(help="A JSON Lines file.")], json: Json = False) -> None:
-    """Count, measure and check the samples of a file, from headers alone."""
-    _command("corpora:inspect")(data, as_json=json)
+def data_inspect(
+    data: Annotated[Path, typer.Argument(help="A JSON Lines file.")],
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every file whole, not just its header.")] = False,
+    json: Json = False,
+) -> None:
+    """Count, measure and check the samples of a file."""
+    _command("corpora:inspect")(data, decode=decode, as_json=json)
 
 
 @presets_app.command("list")
@@ -164,7 +194,7 @@ def main() -> None:
     """Run the command line; an error that the user can mend is one message, not a traceback."""
     try:
         app()
-    except (PolymodalError, MissingExtraError) as error:
+    except (PolymodalError, MissingExtraError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:

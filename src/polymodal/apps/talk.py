@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from polymodal.apps.output import console, emit_json, emit_table
+from polymodal.apps.output import emit_json, emit_table, say
 from polymodal.core.config import unknown
-from polymodal.core.errors import ConfigError, PolymodalError
-from polymodal.core.parts import MODALITIES, Part, Text, media_part, part_from_path
+from polymodal.core.errors import ConfigError, PolymodalError, SampleError
+from polymodal.core.parts import MODALITIES, MODALITY_OF_EXTENSION, Part, Text, media_part, part_from_path
 from polymodal.core.samples import Message
 from polymodal.inference.sampling import Sampling
 from polymodal.recipes.model import Model, load
@@ -26,21 +28,34 @@ def parse_part(text: str) -> Part:
     """
     head, colon, rest = text.partition(":")
     if colon and head in MODALITIES:
-        return Text(rest) if head == "text" else media_part(head, rest)
-    if Path(text).is_file():
+        return Text(rest) if head == "text" else media_part(head, _existing(rest, text))
+    if "\n" not in text and len(text) < 1024 and Path(text).is_file():
         return part_from_path(text)
-    if Path(text).suffix and " " not in text and not text.endswith((".", "?", "!")):
+    suffix = Path(text).suffix.lower()
+    looks_like_file = suffix in MODALITY_OF_EXTENSION or (suffix[1:].isalnum() and " " not in text)
+    if looks_like_file:
         raise ConfigError(f"{text}: no such file; write text:{text} if it is meant as text")
     return Text(text)
+
+
+def _existing(path: str, argument: str) -> Path:
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise ConfigError(
+            f"{argument}: no such file: {path or '(nothing)'}; expected modality:path, as in points:cloud.npy"
+        )
+    return found
 
 
 def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | None, *, as_json: bool) -> None:
     """Answer one question, streaming to a terminal."""
     parts = [parse_part(item) for item in inputs]
     if not any(isinstance(part, Text) for part in parts):
-        raise ConfigError('found only files, expected a question after them: polymodal ask MODEL photo.png "What is it?"')
-    loaded = load(model, device)
+        raise ConfigError(
+            'found only files, expected a question after them: polymodal ask MODEL photo.png "What is it?"'
+        )
     sampling = Sampling.parse(options)
+    loaded = load(model, device)
     if as_json:
         answer = loaded.chat(*parts, sampling=sampling)
         emit_json(
@@ -49,6 +64,7 @@ def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | N
                 "finish": answer.finish,
                 "tokens": len(answer.tokens),
                 "prompt_tokens": answer.prompt_tokens,
+                "reused_tokens": answer.reused_tokens,
                 "seconds": round(answer.seconds, 4),
             }
         )
@@ -56,73 +72,99 @@ def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | N
     _print_pieces(loaded.stream(*parts, sampling=sampling))
 
 
-def _print_pieces(pieces: Any) -> str:
+def _print_pieces(pieces: Iterator[str]) -> str:
+    """Write the pieces as they come; Ctrl-C ends the answer and keeps what was said."""
     said = []
-    for piece in pieces:
-        said.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            said.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
     return "".join(said)
 
 
 _HELP = """/image PATH, /audio PATH, /video PATH, /points PATH, /sensor PATH  add media to the next message
-/reset  forget the conversation     /quit  leave     /help  this text"""
+/reset  forget the conversation     /quit  leave     /help  this text     Ctrl-C  stop an answer"""
+_COMMANDS = tuple(f"/{name}" for name in (*MODALITIES[1:], "reset", "quit", "help"))
 
 
 def chat(model: Path, options: dict[str, Any], device: str | None) -> None:
     """A conversation in the terminal; keeps its history until /reset."""
-    loaded = load(model, device)
     sampling = Sampling.parse(options)
-    screen = console()
-    screen.print(f"{loaded.recipe.name}: takes {', '.join(_modalities(loaded))}. /help lists the commands.")
-    history: list[Message] = []
-    pending: list[Part] = []
+    loaded = load(model, device)
+    if sys.stdin.isatty():
+        # Gives input() its line editing and history.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    talk = Conversation(loaded, sampling)
+    say(f"{loaded.recipe.name}: takes {', '.join(talk.takes)}. /help lists the commands.")
     while True:
         try:
             line = input("> ").strip()
         except EOFError:
+            sys.stdout.write("\n")
             return
+        if line in ("/quit", "/exit"):
+            return
+        try:
+            talk.take(line)
+        except PolymodalError as error:
+            say(f"error: {error}")
+
+
+class Conversation:
+    """What a chat remembers: the turns so far, and the media that wait for the next message.
+
+    Args:
+        model: who answers.
+        sampling: how answers are drawn.
+    """
+
+    def __init__(self, model: Model, sampling: Sampling) -> None:
+        self._model = model
+        self._sampling = sampling
+        self.history: list[Message] = []
+        self.pending: list[Part] = []
+        streams = model.recipe.model.streams.values()
+        enters = {stream.modality for stream in streams if stream.enters.use != "none"}
+        self.takes = [name for name in MODALITIES if name == "text" or name in enters]
+
+    def take(self, line: str) -> None:
+        """Do what one typed line says: a command, or a message.
+
+        Raises:
+            PolymodalError: if it cannot be done; the conversation stays as it was, without the media that waited.
+        """
         if line.startswith("/"):
             word, _, argument = line[1:].partition(" ")
-            if word in ("quit", "exit"):
-                return
-            try:
-                _chat_command(word, argument.strip(), history, pending)
-            except PolymodalError as error:
-                screen.print(f"error: {error}")
-        elif line or pending:
-            _say(loaded, line, history, pending, sampling)
+            self._command(word, argument.strip().strip("'\""))
+        elif line or self.pending:
+            self._message(line)
 
+    def _command(self, word: str, argument: str) -> None:
+        if word == "help":
+            say(_HELP)
+        elif word == "reset":
+            self.history.clear()
+            self.pending.clear()
+        elif word in self.takes[1:]:
+            self.pending.append(media_part(word, _existing(argument, f"/{word}")))
+        elif word in MODALITIES[1:]:
+            raise ConfigError(f"/{word}: this model takes {', '.join(self.takes)}")
+        else:
+            raise ConfigError(unknown("command", f"/{word}", _COMMANDS))
 
-def _chat_command(word: str, argument: str, history: list[Message], pending: list[Part]) -> None:
-    if word == "help":
-        console().print(_HELP)
-    elif word == "reset":
-        history.clear()
-        pending.clear()
-    elif word in MODALITIES[1:]:
-        if not Path(argument).is_file():
-            raise ConfigError(f"{argument or '(nothing)'}: no such file; write /{word} PATH")
-        pending.append(media_part(word, argument))
-    else:
-        raise ConfigError(unknown("command", f"/{word}", [f"/{name}" for name in (*MODALITIES[1:], "reset", "quit", "help")]))
-
-
-def _say(model: Model, line: str, history: list[Message], pending: list[Part], sampling: Sampling) -> None:
-    parts: tuple[Part, ...] = (*pending, Text(line)) if line else tuple(pending)
-    pending.clear()
-    try:
-        said = _print_pieces(model.stream(*parts, history=history, sampling=sampling))
-    except PolymodalError as error:
-        console().print(f"error: {error}")
-        return
-    history += [Message("user", parts), Message("assistant", (Text(said),))]
-
-
-def _modalities(model: Model) -> list[str]:
-    streams = model.recipe.model.streams.values()
-    return ["text", *sorted({stream.modality for stream in streams if stream.enters.use == "sequence"})]
+    def _message(self, line: str) -> None:
+        parts: tuple[Part, ...] = (*self.pending, Text(line)) if line else tuple(self.pending)
+        self.pending.clear()
+        try:
+            said = _print_pieces(self._model.stream(*parts, history=self.history, sampling=self._sampling))
+        except SampleError as error:
+            hint = "; /reset forgets the conversation so far" if self.history else ""
+            raise ConfigError(f"{error.problem}{hint}") from None
+        self.history += [Message("user", parts), Message("assistant", (Text(said),))]
 
 
 def embed(model: Path, inputs: list[str], out: Path | None, device: str | None, *, as_json: bool) -> None:
@@ -138,4 +180,4 @@ def embed(model: Path, inputs: list[str], out: Path | None, device: str | None, 
     rows = [[item, *(f"{value:.3f}" for value in similarity[row])] for row, item in enumerate(inputs)]
     emit_table("cosine similarity", ["", *(str(i + 1) for i in range(len(inputs)))], rows)
     if out is not None:
-        console().print(f"wrote float32 {list(vectors.shape)} to {out}")
+        say(f"wrote float32 {list(vectors.shape)} to {out}")

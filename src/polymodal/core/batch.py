@@ -4,7 +4,8 @@ Arrays are numpy where the processor makes them and torch tensors once ``models.
 this module imports neither.
 
 Shape legend: ``I`` items (one media part for one stream), ``U`` units (what an encoder takes at once: an image tile,
-a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` tokens of a row, ``S`` samples, ``D`` width.
+a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` tokens of a row, ``S`` samples,
+``D`` width.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class StreamBatch:
         token_counts: list of ``I`` ints: length of each item's span.
         keys: content key of each item, where a feature cache is used.
         grids: per item, the tile grid or None.
-        features: cached encoder output ``(features [U, N, D], is_valid [U, N], pooled [U, D] or None)``; replaces values.
+        features: cached encoder output ``(features [U, N, D], is_valid [U, N], pooled [U, D])``; replaces values.
     """
 
     values: Array
@@ -164,6 +165,9 @@ class Outputs:
             bias: scalar tensor for sigmoid pairs.
         merged: ``[S, D]`` state of the merge backbone (pass ``merge``).
         class_logits: ``[S, C]``; match_logits: ``[S]`` from heads on ``merged``.
+        mismatch_logits: ``[N]`` logits of samples in which one stream's items are another sample's (pass ``match``);
+            mismatch_samples: ``[N]`` int64 which samples; those without a second stream, or without another sample
+            to take it from, are not among them.
     """
 
     token_logits: Array = None
@@ -175,3 +179,5 @@ class Outputs:
     merged: Array = None
     class_logits: Array = None
     match_logits: Array = None
+    mismatch_logits: Array = None
+    mismatch_samples: Array = None

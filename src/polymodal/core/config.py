@@ -6,6 +6,7 @@ connector, ...) carries its exact name in a ``use`` field, and a :class:`Table` 
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Generic, TypeVar, cast
@@ -67,7 +68,7 @@ class Table(Generic[C]):
         return iter(self._classes)
 
     def __getitem__(self, name: str) -> type[C]:
-        if name not in self._classes:
+        if not isinstance(name, str) or name not in self._classes:
             raise ConfigError(unknown(self.kind, name, self._classes))
         return self._classes[name]
 
@@ -82,7 +83,7 @@ class Table(Generic[C]):
         if isinstance(value, str):
             value = {"use": value}
         if not isinstance(value, dict) or "use" not in value:
-            found = f"keys {sorted(value)}" if isinstance(value, dict) else f"{value!r}"
+            found = f"keys {sorted(map(str, value))}" if isinstance(value, dict) else f"{value!r}"
             raise ConfigError(
                 f"{where or self.kind}: found {found}, expected a mapping with 'use', "
                 f"one of: {', '.join(self._classes)}"
@@ -94,14 +95,17 @@ class Table(Generic[C]):
         return Annotated[SerializeAsAny[Config], BeforeValidator(self.parse)]
 
 
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     """The message for an unknown name: what was found, the nearest valid name, and all valid ones."""
     names = list(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} Valid: {', '.join(names)}" if hint else (
-        f"unknown {kind} {name!r}. Valid: {', '.join(names)}"
-    )
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {_short(name)}{hint} Valid: {', '.join(names)}"
 
 
 def _explain(error: ValidationError, cls: type[Config], where: str) -> str:
@@ -129,16 +133,31 @@ def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     return list(cls.model_fields)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML says that keys are unique, and PyYAML takes the last of equal ones in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "expected a plain key", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(text: str, where: str) -> dict[str, Any]:
-    """Read one YAML mapping.
+    """Read one YAML mapping; a number such as ``1e-3``, which YAML 1.1 calls a string, is read by the field's type.
 
     Raises:
-        ConfigError: if the text is not YAML, or not a mapping; a number such as ``1e-3`` that YAML 1.1 reads as a
-            string is caught later, by the field's type.
+        ConfigError: if the text is not YAML, not a mapping, or has a key twice.
     """
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        data = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: found {type(data).__name__}, expected a mapping of keys to values")
@@ -153,13 +172,14 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
     Raises:
         ConfigError: if an override has no ``=``, or passes through a value that is not a mapping or a list.
     """
-    result = yaml.safe_load(yaml.safe_dump(data))
+    # The order of keys is kept: that of the streams is the order in which fusions number them.
+    result = copy.deepcopy(data)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
             raise ConfigError(f"override {override!r}: expected key.sub=value")
         steps = path.split(".")
-        place = result
+        place: Any = result
         for step in steps[:-1]:
             place = _enter(place, step, override)
         try:
@@ -170,7 +190,7 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> dict[str,
             place[_index(place, steps[-1], override)] = value
         else:
             place[steps[-1]] = value
-    return cast("dict[str, Any]", result)
+    return result
 
 
 def _enter(place: Any, step: str, override: str) -> Any:

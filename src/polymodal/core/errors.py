@@ -9,6 +9,8 @@
     |   +-- UnsupportedMediaError  a format, layout or source type that no reader takes
     |   +-- LimitError             larger than the limits in ``core.limits`` allow
     +-- SampleError            a sample is malformed or cannot be laid out; names the sample
+    |   +-- TooLongError           longer than the model takes
+    |   +-- NoTargetsError         without a token to learn from
     +-- DataError              a data source is missing or unreadable as a whole
     +-- CheckpointError        a run folder or weight file is missing, damaged or does not match
     +-- CheckFailed            a proof of ``polymodal check`` does not hold
@@ -72,6 +74,14 @@ class SampleError(PolymodalError):
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         """Keep both arguments when a worker process sends the error back."""
         return type(self), (self.sample, self.problem)
+
+
+class TooLongError(SampleError):
+    """A sample is longer than the model takes, and cutting it would cut what must stay whole."""
+
+
+class NoTargetsError(SampleError):
+    """No token of a sample is a target: nothing can be learned from it."""
 
 
 class DataError(PolymodalError):

@@ -91,8 +91,8 @@ class Media(Part):
                 with self.path.open("rb") as file:
                     while block := file.read(1 << 20):
                         digest.update(block)
-            except OSError as error:
-                raise CorruptMediaError(self.name, f"cannot be read: {error.strerror or error}") from None
+            except (OSError, ValueError) as error:
+                raise CorruptMediaError(self.name, f"cannot be read: {_reason(error)}") from None
         elif isinstance(self.source, bytes | bytearray | memoryview):
             digest.update(self.source)
         else:
@@ -204,17 +204,24 @@ def part_from_path(path: str | os.PathLike[str]) -> Part:
 
     Raises:
         UnsupportedMediaError: if the extension is not known.
+        CorruptMediaError: if a text file cannot be read as UTF-8.
     """
     path = Path(path)
     modality = MODALITY_OF_EXTENSION.get(path.suffix.lower())
     if modality is None:
         known = ", ".join(sorted(MODALITY_OF_EXTENSION))
         raise UnsupportedMediaError(
-            str(path), f"the extension {path.suffix!r} names no modality; known: {known}. "
-            "Say which one it is, as in points:cloud.npy"
+            str(path),
+            f"the extension {path.suffix!r} names no modality; known: {known}. "
+            "Say which one it is, as in points:cloud.npy",
         )
     if modality == "text":
-        return Text(path.read_text(encoding="utf-8"))
+        try:
+            return Text(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise CorruptMediaError(str(path), f"is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        except (OSError, ValueError) as error:
+            raise CorruptMediaError(str(path), f"cannot be read: {_reason(error)}") from None
     return media_part(modality, path)
 
 
@@ -227,8 +234,8 @@ def check_file(path: Path, name: str, max_bytes: int) -> int:
     """
     try:
         size = path.stat().st_size
-    except OSError as error:
-        raise CorruptMediaError(name, f"cannot be read: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise CorruptMediaError(name, f"cannot be read: {_reason(error)}") from None
     if not path.is_file():
         raise CorruptMediaError(name, "is not a regular file")
     if size == 0:
@@ -236,6 +243,11 @@ def check_file(path: Path, name: str, max_bytes: int) -> int:
     if size > max_bytes:
         raise LimitError(name, f"{size:,} bytes, the limit (file_bytes) is {max_bytes:,}")
     return size
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a path cannot be read; a path that holds a zero character is a ValueError and not an OSError."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def as_float_array(array: NDArray[Any], name: str) -> NDArray[np.float32]:

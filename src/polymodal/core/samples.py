@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from polymodal.core.errors import PolymodalError, SampleError
 from polymodal.core.parts import MODALITIES, Media, Part, Text, media_part
 
 ROLES = ("system", "user", "assistant")
+_MAX_ID_CHARS = 1000
+"""Ids stand in messages, reports and caches; a longer one is a field in the wrong place."""
 _DETAILS = {"audio": {"rate_hz"}, "video": {"fps"}, "sensor": {"rate_hz", "channels"}}
 
 
@@ -98,13 +101,16 @@ def sample_from_json(data: Any, root: str | os.PathLike[str], id: str) -> Sample
     """
     if not isinstance(data, dict):
         raise SampleError(id, f"found {type(data).__name__}, expected an object with 'messages' or 'views'")
-    id = str(data.get("id", id))
+    id = _id(data.get("id", id), id)
     extra = set(data) - {"id", "messages", "views", "label", "meta"}
     if extra:
         raise SampleError(id, unknown("key", sorted(extra)[0], ("id", "messages", "views", "label", "meta")))
     if ("messages" in data) == ("views" in data):
-        raise SampleError(id, f"found keys {sorted(data)}, expected exactly one of 'messages' and 'views'")
-    label = None if data.get("label") is None else str(data["label"])
+        raise SampleError(id, f"found keys {sorted(data)!r:.200}, expected exactly one of 'messages' and 'views'")
+    label = data.get("label")
+    if isinstance(label, dict | list):
+        raise SampleError(id, f"label: found {type(label).__name__}, expected a string or a number")
+    label = None if label is None else str(label)
     meta = data.get("meta", {})
     if not isinstance(meta, dict):
         raise SampleError(id, f"meta: found {type(meta).__name__}, expected an object")
@@ -139,6 +145,13 @@ def sample_to_json(sample: Sample, root: str | os.PathLike[str] | None = None) -
     return data
 
 
+def _id(value: Any, default: str) -> str:
+    if not isinstance(value, str | int | float) or len(str(value)) > _MAX_ID_CHARS:
+        found = type(value).__name__ if not isinstance(value, str) else f"{len(value):,} characters"
+        raise SampleError(default, f"id: found {found}, expected a string of at most {_MAX_ID_CHARS} or a number")
+    return str(value)
+
+
 def _message(data: Any, root: Path, id: str, index: int) -> Message:
     where = f"messages[{index}]"
     if not isinstance(data, dict) or "role" not in data or "content" not in data:
@@ -147,7 +160,7 @@ def _message(data: Any, root: Path, id: str, index: int) -> Message:
         raise SampleError(id, f"{where}: {unknown('role', data['role'], ROLES)}")
     content = data["content"]
     if isinstance(content, str):
-        return Message(data["role"], (Text(content),))
+        return Message(data["role"], (Text(_string(data, "content", id, where)),))
     if not isinstance(content, list):
         raise SampleError(id, f"{where}.content: found {type(content).__name__}, expected a string or a list of parts")
     return Message(data["role"], tuple(_part(p, root, id, f"{where}.content[{i}]") for i, p in enumerate(content)))
@@ -189,10 +202,20 @@ def _media(modality: str, data: dict[str, Any], root: Path, id: str, where: str)
         source = _from_url(value, id, where)
     else:
         source = root / value
-    details = {key: data[key] for key in _DETAILS.get(modality, ()) if data.get(key) is not None}
-    if "channels" in details:
-        details["channels"] = tuple(str(name) for name in details["channels"])
-    return media_part(modality, source, **details)
+    given_details = [key for key in sorted(_DETAILS.get(modality, ())) if data.get(key) is not None]
+    return media_part(modality, source, **{key: _detail(key, data[key], id, where) for key in given_details})
+
+
+def _detail(key: str, value: Any, id: str, where: str) -> Any:
+    """A rate as a positive number, or channel names as a tuple of strings."""
+    if key == "channels":
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise SampleError(id, f"{where}.channels: found {value!r:.80}, expected a list of names")
+        return tuple(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise SampleError(id, f"{where}.{key}: found {value!r:.80}, expected a number above 0")
+    return int(value) if value == int(value) else value
 
 
 def _from_url(url: str, id: str, where: str) -> Any:
@@ -217,6 +240,10 @@ def _string(data: dict[str, Any], key: str, id: str, where: str) -> str:
     value = data.get(key)
     if not isinstance(value, str):
         raise SampleError(id, f"{where}.{key}: found {type(value).__name__}, expected a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise SampleError(id, f"{where}.{key}: holds half of a surrogate pair; expected valid Unicode") from None
     return value
 
 
@@ -245,14 +272,14 @@ def _message_to_json(message: Message, id: str, root: str | os.PathLike[str] | N
     return {"role": message.role, "content": [_part_to_json(part, id, root) for part in message.parts]}
 
 
-def _part_to_json(
-    part: Part, id: str, root: str | os.PathLike[str] | None, *, typed: bool = True
-) -> dict[str, Any]:
+def _part_to_json(part: Part, id: str, root: str | os.PathLike[str] | None, *, typed: bool = True) -> dict[str, Any]:
     data: dict[str, Any] = {"type": part.modality} if typed else {}
     if isinstance(part, Text):
         return {**data, "text": part.text}
     if not isinstance(part, Media) or part.path is None:
-        raise SampleError(id, f"{part.modality}: the part is in memory and cannot be written as JSON; save it to a file")
+        raise SampleError(
+            id, f"{part.modality}: the part is in memory and cannot be written as JSON; save it to a file"
+        )
     path = part.path
     if root is not None and path.is_relative_to(root):
         path = path.relative_to(root)

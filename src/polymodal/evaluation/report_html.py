@@ -67,7 +67,7 @@ def write_report(path: str | os.PathLike[str], data: ReportData) -> Path:
 def report_html(data: ReportData) -> str:
     """The whole page."""
     sections = [
-        _section("ask", "Ask it", "Exactly these lines, from the folder of the run.", _ask(data)),
+        _section("ask", "Ask it", "Exactly these lines, from the folder in which the command ran.", _ask(data)),
         _section("scores", "Scores beside their controls", _ABOUT_SCORES, _scores(data)),
         _section("examples", "Questions and answers", "A fair draw: right and wrong as they came.",
                  _question_cards(data.examples)),

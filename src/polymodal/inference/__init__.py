@@ -1,0 +1,1 @@
+"""Answering: sampling, the key-value cache, prefix reuse, streaming and embedding."""

@@ -66,6 +66,7 @@ class Engine:
         Raises:
             SampleError: if a prompt cannot be laid out or leaves no room for an answer.
         """
+        self._end_id()
         plans = [self._plan(sample) for sample in samples]
         order = sorted(range(len(plans)), key=lambda i: plans[i].num_tokens)
         results: list[Generation] = [Generation()] * len(plans)
@@ -85,25 +86,28 @@ class Engine:
             generation: filled while streaming, for those who want the finish reason.
         """
         record = generation if generation is not None else Generation()
+        end = self._end_id()
         plan = self._plan(sample)
         own = identity(plan)
         room = self._room(plan, sampling)
         cache, reused = self._prefilled(plan, own, room)
         record.num_prompt_tokens, record.num_reused_tokens = plan.num_tokens, reused
         states = self._read(suffix(plan, reused), cache, reused)
-        self.prefixes.put(own, cache)
         generator = make_generator(sampling, self.device)
-        end = self._end_id()
-        for step in range(room):
-            token_B = draw(self.model.token_logits(states), sampling, generator)
-            token = int(token_B[0])
-            if token == end:
-                record.finish = "stop"
-                return
-            record.ids.append(token)
-            yield token
-            if step + 1 < room:
-                states = self._step(token_B, cache)
+        try:
+            for step in range(room):
+                token_B = draw(self.model.token_logits(states), sampling, generator)
+                token = int(token_B[0])
+                if token == end:
+                    record.finish = "stop"
+                    return
+                record.ids.append(token)
+                yield token
+                if step + 1 < room:
+                    states = self._step(token_B, cache)
+        finally:
+            # The answer is kept as well: the next turn of a conversation begins with it.
+            self.prefixes.put((*own, *record.ids[: cache.length - len(own)]), cache)
 
     @torch.inference_mode()
     def logits(self, sample: Sample, *, prompt: bool = True) -> Tensor:
@@ -122,6 +126,17 @@ class Engine:
             for name, (vectors, owners) in outputs.embeddings.items()
         }
 
+    @torch.inference_mode()
+    def class_logits(self, samples: Sequence[Sample]) -> Tensor:
+        """Logits of the class head for view-set samples, float32 ``[S, C]`` on the CPU.
+
+        Raises:
+            ConfigError: if the model has no class head.
+        """
+        self.model.head("class")
+        batch = to_device(self.processor.batch(samples), self.device)
+        return torch.as_tensor(self.model(batch, passes=("merge",)).class_logits).float().cpu()
+
     def _plan(self, sample: Sample) -> Plan:
         return self.processor.plan(sample, prompt=True)
 
@@ -135,8 +150,9 @@ class Engine:
         room = min(sampling.max_new_tokens, self.processor.max_tokens - plan.num_tokens)
         if room < 1:
             raise SampleError(
-                plan.id, f"the prompt takes all {self.processor.max_tokens} tokens of the context; "
-                "shorten the text, or send fewer or smaller media"
+                plan.id,
+                f"the prompt takes all {self.processor.max_tokens} tokens of the context; "
+                "shorten the text, or send fewer or smaller media",
             )
         return room
 

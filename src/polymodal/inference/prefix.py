@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from typing import Any
 
-from polymodal.core.batch import Plan
+from polymodal.core.batch import Plan, Span
 from polymodal.models.layers.cache import KVCache
 
 Identity = tuple[Hashable, ...]
@@ -33,7 +34,8 @@ def identity(plan: Plan) -> Identity:
 
 def suffix(plan: Plan, start: int) -> Plan:
     """The plan of the tokens from ``start`` on, with the media they need; ``start`` must not lie inside a span."""
-    spans, items = [], {}
+    spans: list[Span] = []
+    items: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
     for span in plan.spans:
         if span.start >= start:
             kept = items.setdefault(span.stream, [])
@@ -43,7 +45,7 @@ def suffix(plan: Plan, start: int) -> Plan:
 
 
 def common_start(plan: Plan, own: Identity, other: Identity) -> int:
-    """How many leading tokens of a plan another prompt shares, never ending inside a media span or at the last token."""
+    """How many leading tokens of a plan another prompt shares; never ends inside a media span or at the last token."""
     shared = 0
     for mine, theirs in zip(own, other, strict=False):
         if mine != theirs:
@@ -71,10 +73,19 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values kept."""
+        return sum(_bytes(entry) for entry in self._entries.values())
+
     def find(self, plan: Plan, own: Identity) -> tuple[int, KVCache | None]:
-        """The longest shared prefix: its length and the cache that holds it (not a copy)."""
+        """The longest shared prefix: its length and the cache that holds it (not a copy).
+
+        Of equally long ones the last used is taken, so that the few tokens that every prompt begins with do not keep
+        an old entry alive.
+        """
         best, found = 0, None
-        for other in self._entries:
+        for other in reversed(self._entries):
             shared = common_start(plan, own, other)
             if shared > best:
                 best, found = shared, other
@@ -90,7 +101,7 @@ class PrefixCache:
             return
         self._entries[tuple(own)] = cache.clone(max_tokens=max(1, cache.length))
         self._entries.move_to_end(tuple(own))
-        while self._entries and sum(_bytes(entry) for entry in self._entries.values()) > self.max_bytes:
+        while self._entries and self.num_bytes > self.max_bytes:
             self._entries.popitem(last=False)
 
 

@@ -34,8 +34,9 @@ def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | Non
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k:
-        kept = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1]), dim=-1).values
-        logits_BV = logits_BV.masked_fill(logits_BV < kept[:, -1:], -torch.inf)
+        # By place and not by value, so that equal logits cannot let more than k through.
+        best, place = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1]), dim=-1)
+        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(1, place, best)
     if sampling.top_p < 1.0:
         ordered, order = logits_BV.sort(dim=-1, descending=True)
         probability = ordered.softmax(dim=-1)

@@ -14,8 +14,8 @@ import numpy as np
 
 from polymodal.core.batch import Batch, Example, ModelInput, Plan, Span, StreamBatch
 from polymodal.core.config import unknown
-from polymodal.core.errors import PolymodalError, SampleError
-from polymodal.core.parts import Media, Text
+from polymodal.core.errors import NoTargetsError, PolymodalError, SampleError, TooLongError
+from polymodal.core.parts import Media
 from polymodal.core.samples import Sample, named
 from polymodal.modalities.reader import Reader, checked_read
 from polymodal.modalities.text.chat import ChatFormat
@@ -77,10 +77,7 @@ class Processor:
             SampleError: if it cannot be laid out; names the sample, and the media item where one is at fault.
         """
         try:
-            if sample.messages:
-                plan = self._plan_conversation(sample, prompt)
-            else:
-                plan = self._plan_views(sample)
+            plan = self._plan_conversation(sample, prompt) if sample.messages else self._plan_views(sample)
         except PolymodalError as error:
             raise named(sample, error) from None
         plan.label = sample.label
@@ -137,10 +134,8 @@ class Processor:
             if segment.media is not None:
                 self._place(segment.media, plan)
                 continue
-            if segment.control:
-                ids = [self.tokenizer.control(segment.control)]
-            else:
-                ids = self.tokenizer.encode(segment.text)
+            control = segment.control
+            ids = [self.tokenizer.control(control)] if control else self.tokenizer.encode(segment.text)
             plan.ids += ids
             plan.is_supervised += [segment.is_supervised] * len(ids)
         if not plan.ids or plan.is_supervised[0]:
@@ -148,9 +143,9 @@ class Processor:
         if not prompt:
             self._fit(plan)
             if not any(plan.is_supervised):
-                raise SampleError(sample.id, "has no supervised tokens; expected an assistant message with text")
+                raise NoTargetsError(sample.id, "has no supervised tokens; expected an assistant message with text")
         elif plan.num_tokens > self.max_tokens:
-            raise SampleError(sample.id, f"the prompt has {plan.num_tokens} tokens, max_tokens is {self.max_tokens}")
+            raise TooLongError(sample.id, f"the prompt has {plan.num_tokens} tokens, max_tokens is {self.max_tokens}")
         plan.modalities = tuple(sorted({part.modality for part in sample.media()}))
         return plan
 
@@ -187,12 +182,13 @@ class Processor:
             return
         found = f"has {plan.num_tokens} tokens, max_tokens is {self.max_tokens}"
         if self.overflow == "refuse":
-            raise SampleError(plan.id, f"{found}; raise max_tokens, or set overflow: cut_text")
+            raise TooLongError(plan.id, f"{found}; raise max_tokens, or set overflow: cut_text")
         cut = [span for span in plan.spans if span.start + span.length > self.max_tokens]
         if cut:
-            raise SampleError(
-                plan.id, f"{found}; cutting there would cut through or drop {len(cut)} media span(s), "
-                f"the first of stream {cut[0].stream!r} at tokens {cut[0].start}..{cut[0].start + cut[0].length}"
+            raise TooLongError(
+                plan.id,
+                f"{found}; cutting there would cut through or drop {len(cut)} media span(s), "
+                f"the first of stream {cut[0].stream!r} at tokens {cut[0].start}..{cut[0].start + cut[0].length}",
             )
         del plan.ids[self.max_tokens :], plan.is_supervised[self.max_tokens :]
 
@@ -293,5 +289,3 @@ def _pad(plans: Sequence[Plan], pad_id: int) -> dict[str, Any]:
         "segment_lengths": None,
         "offsets": [row * longest for row in range(len(plans))],
     }
-
-

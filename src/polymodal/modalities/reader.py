@@ -65,7 +65,8 @@ def checked_read(reader: Reader, part: Part, lengths: tuple[int, ...]) -> ModelI
     if result.lengths != lengths:
         name = getattr(part, "name", part.modality)
         raise CorruptMediaError(
-            name, f"the header promises units of lengths {lengths}, the content gives {result.lengths}; "
-            "the file is truncated or its header is wrong"
+            name,
+            f"the header promises units of lengths {lengths}, the content gives {result.lengths}; "
+            "the file is truncated or its header is wrong",
         )
     return result

@@ -36,6 +36,10 @@ class Classify(ObjectiveConfig):
             raise ValueError(f"expected at least two distinct class names, {len(classes)} given, repeated: {repeated}")
         return classes
 
+    def count(self, batch: Batch) -> int:
+        """The samples that have a label."""
+        return sum(label is not None for label in batch.labels)
+
     def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
         """The mean loss in nats, with the accuracy as a part.
 

@@ -5,7 +5,7 @@ Shape legend: ``S`` samples.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,17 @@ from polymodal.objectives.report import LossReport, ObjectiveConfig, Pass, requi
 
 
 class Matching(ObjectiveConfig):
-    """Binary cross-entropy on ``match_logits``; targets are passed, or read from the samples' labels.
+    """Binary cross-entropy on ``match_logits``; targets are passed, or read from the samples' labels, or made.
 
     Args:
+        negatives: ``labels``: the samples' labels say which belong together; ``batch``: every sample does, and beside
+            it stands one with a stream of another sample of the batch, drawn at random (ALBEF, arXiv 2107.07651,
+            section 3.2, without its mining of hard negatives).
         positive: the label of a sample whose parts belong together; negative: of one whose parts do not.
     """
 
     use: Literal["matching"] = "matching"
-    needs: ClassVar[Pass] = "merge"
+    negatives: Literal["labels", "batch"] = "labels"
     positive: str = "match"
     negative: str = "mismatch"
 
@@ -35,6 +38,15 @@ class Matching(ObjectiveConfig):
         if self.positive == self.negative:
             raise ValueError(f"positive and negative are both {self.positive!r}, expected two labels")
         return self
+
+    @property
+    def needs(self) -> Pass:  # type: ignore[override]
+        """``match`` where negatives are made, ``merge`` where labels name them."""
+        return "match" if self.negatives == "batch" else "merge"
+
+    def count(self, batch: Batch) -> int:
+        """The samples that have a label; all of them where mismatches are made."""
+        return batch.num_samples if self.negatives == "batch" else sum(label is not None for label in batch.labels)
 
     def __call__(self, outputs: Outputs, batch: Batch, targets_S: Tensor | None = None) -> LossReport:
         """The loss, in nats.
@@ -48,7 +60,12 @@ class Matching(ObjectiveConfig):
             SampleError: if a label is neither of the two.
         """
         logits_S = required(outputs.match_logits, self.use, "match_logits", "a matching head")
-        if targets_S is None:
+        if targets_S is None and self.negatives == "batch":
+            false_N = required(outputs.mismatch_logits, self.use, "mismatch_logits", "a matching head")
+            true_N = logits_S[outputs.mismatch_samples]
+            logits_S = torch.cat([true_N, false_N])
+            targets_S = torch.cat([torch.ones_like(true_N), torch.zeros_like(false_N)])
+        elif targets_S is None:
             targets = [self._target(name, label) for name, label in zip(batch.sample_ids, batch.labels, strict=True)]
             rows = [row for row, target in enumerate(targets) if target is not None]
             targets_S = torch.tensor([targets[row] for row in rows], dtype=torch.float32, device=logits_S.device)

@@ -5,6 +5,7 @@ Shape legend: ``K`` supervised tokens, ``V`` vocabulary, ``S`` samples.
 
 from __future__ import annotations
 
+import itertools
 from typing import ClassVar, Literal
 
 import torch
@@ -43,6 +44,15 @@ class NextToken(ObjectiveConfig):
             if weight < 0:
                 raise ValueError(f"the weight of {name} is {weight}, expected 0 or more")
         return weights
+
+    def count(self, batch: Batch) -> int:
+        """The supervised tokens, or the samples that have some."""
+        if self.average == "token":
+            return int(batch.is_supervised.sum())
+        if batch.segment_lengths is None:
+            return int(batch.is_supervised.any(1).sum())
+        ends = [0, *itertools.accumulate(batch.segment_lengths)]
+        return sum(bool(batch.is_supervised[0, start:end].any()) for start, end in itertools.pairwise(ends))
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
         """The loss, with one part per modality in the batch."""

@@ -11,7 +11,7 @@ from polymodal.core.batch import Batch, Outputs
 from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
 
-Pass = Literal["sequence", "embed", "merge"]
+Pass = Literal["sequence", "embed", "merge", "match"]
 """Which forward pass fills the outputs that an objective reads."""
 
 T = TypeVar("T")
@@ -41,6 +41,14 @@ class ObjectiveConfig(Config):
     def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
         """The loss of one batch."""
         raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """How many things the loss of ``batch`` is the mean over, known before the forward pass: what it weighs by.
+
+        A mean over several batches with these weights is the mean over all of them as one. Losses that compare samples
+        with each other count samples; over several batches they are not the same as over one.
+        """
+        return batch.num_samples
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from polymodal.core.errors import ConfigError, DataError
 from polymodal.core.parts import Text
 from polymodal.core.samples import Sample
+from polymodal.data.planner import BAD_SAMPLE
 from polymodal.data.sources import open_source
 from polymodal.modalities.processor import Processor, StreamLayout
 from polymodal.modalities.table import build_reader
@@ -65,10 +67,19 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     controls = chat.controls if chat else ()
     if config.path is not None:
         return Tokenizer.load(config.path, controls)
+    if not _reads_text(recipe):
+        # Bytes alone: nothing will be encoded, and a run folder holds a tokenizer whatever its model reads.
+        return train_bpe([], config.vocab_size, controls)
     texts = list(training_texts(recipe))
     if not texts:
         raise DataError("the tokenizer is to be trained on the recipe's data, and the data holds no text")
     return train_bpe(texts, config.vocab_size, controls)
+
+
+def _reads_text(recipe: Recipe) -> bool:
+    """Whether any part of the model takes token ids."""
+    model = recipe.model
+    return isinstance(model.backbone, DecoderConfig) or any(s.modality == "text" for s in model.streams.values())
 
 
 def training_texts(recipe: Recipe) -> Iterator[str]:
@@ -78,7 +89,9 @@ def training_texts(recipe: Recipe) -> Iterator[str]:
         source = open_source(Path(recipe.data_root) / path)
         step = max(1, len(source) // _TOKENIZER_SAMPLES)
         for index in range(0, len(source), step):
-            yield from sample_texts(source[index])
+            # A malformed sample is the loader's to name and count.
+            with contextlib.suppress(*BAD_SAMPLE):
+                yield from sample_texts(source[index])
 
 
 def sample_texts(sample: Sample) -> Iterable[str]:
@@ -90,18 +103,16 @@ def sample_texts(sample: Sample) -> Iterable[str]:
 def make_processor(recipe: Recipe, tokenizer: Tokenizer) -> Processor:
     """The processor of a recipe: its readers, and the token counts that its config derives."""
     model = recipe.model
-    streams = {
-        name: StreamLayout(
+    streams = {}
+    for name, stream in model.streams.items():
+        assert stream.reader is not None
+        streams[name] = StreamLayout(
             reader=build_reader(stream.reader, recipe.limits, tokenizer),
             enters_sequence=isinstance(stream.enters, SequenceEntry),
             count_tokens=partial(model.count_tokens, name),
         )
-        for name, stream in model.streams.items()
-    }
     backbone = model.backbone
     max_tokens = backbone.max_tokens if isinstance(backbone, DecoderConfig) else 1
     if not streams and recipe_chat(recipe) is None:
         raise ConfigError("the model has neither streams nor a decoder")
-    return Processor(
-        tokenizer, recipe_chat(recipe), streams, max_tokens=max_tokens, overflow=recipe.overflow
-    )
+    return Processor(tokenizer, recipe_chat(recipe), streams, max_tokens=max_tokens, overflow=recipe.overflow)

@@ -21,6 +21,17 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
+def preset_text(name: str) -> str:
+    """The YAML of a preset, comments included.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    if name not in preset_names():
+        raise ConfigError(unknown("preset", name, preset_names()))
+    return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_recipe(recipe: str | os.PathLike[str] | dict[str, Any] | Recipe, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe of a preset name, a YAML file, plain data or a recipe, with overrides applied.
 
@@ -35,12 +46,18 @@ def load_recipe(recipe: str | os.PathLike[str] | dict[str, Any] | Recipe, overri
     else:
         path = Path(recipe)
         if not path.is_file():
-            preset = PRESETS / f"{os.fspath(recipe)}.yaml"
-            if not preset.is_file():
+            if os.fspath(recipe) not in preset_names():
                 raise ConfigError(f"{recipe}: is no file, and {unknown('preset', recipe, preset_names())}")
-            path = preset
-        data, where = load_yaml(path.read_text(encoding="utf-8"), str(recipe)), str(recipe)
+            path = PRESETS / f"{os.fspath(recipe)}.yaml"
+        data, where = load_yaml(_read(path), str(recipe)), str(recipe)
     return Recipe.parse(apply_overrides(data, overrides), where)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a recipe: {error}; expected a YAML file in UTF-8") from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from polymodal.core.samples import Message, Sample, conversation
 from polymodal.inference.engine import Engine, Generation
 from polymodal.inference.sampling import Sampling
 from polymodal.modalities.text import Tokenizer, TokenStream
+from polymodal.models.heads.table import ClassConfig, ProjectionHead
 from polymodal.recipes.assemble import Assembly, assemble
 from polymodal.recipes.loading import load_recipe
 from polymodal.safety.checks import check_input
@@ -117,8 +118,9 @@ class Model:
         """
         wrapped = [Text(part) if isinstance(part, str) else part for part in parts]
         head = self.network.head("projection")
-        spaces = {self.recipe.model.streams[name].modality: name for name in reversed(list(head.projs))}  # type: ignore[arg-type]
-        vectors = np.zeros((len(wrapped), head.config.dim), dtype=np.float32)  # type: ignore[union-attr]
+        assert isinstance(head, ProjectionHead)
+        spaces = {self.recipe.model.streams[name].modality: name for name in reversed(list(head.projs))}
+        vectors = np.zeros((len(wrapped), head.config.dim), dtype=np.float32)
         by_modality: dict[str, list[int]] = {}
         for index, part in enumerate(wrapped):
             if part.modality not in spaces:
@@ -130,6 +132,32 @@ class Model:
                 views = [Sample(f"part {i}", views={modality: wrapped[i]}) for i in rows]
                 vectors[rows] = self.engine.embed(views)[spaces[modality]][0]
         return vectors
+
+    def classify(
+        self, samples: Sequence[Sample], batch_size: int = 256
+    ) -> tuple[list[str], NDArray[np.float32]]:
+        """The class of each view set by the model's class head.
+
+        Args:
+            samples: view sets; any of the model's modalities may be absent from any of them.
+            batch_size: samples at a time; the result of one does not depend on the others.
+
+        Returns:
+            The likeliest label of each sample, and probabilities float32 ``[S, C]`` in the order of the head's
+            ``classes``.
+
+        Raises:
+            ConfigError: if the model has no class head.
+            SampleError: if a sample has none of the model's modalities.
+        """
+        self.network.head("class")
+        classes = next((h.classes for h in self.recipe.model.heads.values() if isinstance(h, ClassConfig)), ())
+        chances = [
+            self.engine.class_logits(samples[start : start + batch_size]).softmax(1).numpy()
+            for start in range(0, len(samples), batch_size)
+        ]
+        probabilities_SC = np.concatenate([*chances, np.zeros((0, len(classes)), np.float32)])
+        return [classes[index] for index in probabilities_SC.argmax(1)], probabilities_SC
 
     def logits(self, parts: Sequence[Part | str]) -> NDArray[np.float32]:
         """Logits over the fused sequence of one user turn and the opening of its answer, float32 ``[T, V]``."""

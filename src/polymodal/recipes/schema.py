@@ -7,9 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from polymodal.core.config import Config, unknown
+from polymodal.core.errors import ConfigError
 from polymodal.core.limits import Limits
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.compose.model import supports
+from polymodal.models.heads.table import ClassConfig, ProjectionConfig
+from polymodal.objectives.classify import Classify
+from polymodal.objectives.report import ObjectiveConfig
 from polymodal.training.precision import ComputeConfig
 from polymodal.training.stage import StageConfig
 
@@ -21,7 +25,7 @@ class Recipe(Config):
     model: ModelConfig
     stages: tuple[StageConfig, ...] = ()
     evaluate: tuple[dict[str, Any], ...] = ()
-    """Evaluation tasks, run after the last stage."""
+    """Tasks that a trained model is measured on; ``data`` starts from ``data_root``."""
     data_root: str = "."
     """Folder that data paths start from; relative to where the command runs."""
     seed: int = 0
@@ -29,12 +33,23 @@ class Recipe(Config):
     limits: Limits = Limits()
     overflow: Literal["refuse", "cut_text"] = "refuse"
     """What happens to samples longer than the backbone's ``max_tokens``."""
-    max_bad_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
+    max_bad_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of unusable samples above which a run stops."""
     keep_last: PositiveInt = 2
     """Checkpoints kept besides the best."""
     tensorboard: bool = False
     """Write TensorBoard logs into the run folder (extra ``log``)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_classes(cls, data: Any) -> Any:
+        """A ``classify`` objective without ``classes`` takes those of the model's class head."""
+        heads = _entry(_entry(data, "model"), "heads")
+        classes = [_entry(head, "classes") for head in _values(heads) if _entry(head, "use") == "class"]
+        stages = _entry(data, "stages")
+        if not classes or not classes[0] or not isinstance(stages, list | tuple):
+            return data
+        return {**data, "stages": [_with_classes(stage, classes[0]) for stage in stages]}
 
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
@@ -44,16 +59,64 @@ class Recipe(Config):
         can = supports(self.model)
         for stage in self.stages:
             for name, _, objective in stage.parsed_objectives():
+                place = f"stages.{stage.name}.objectives.{name}"
                 if objective.needs not in can:
                     raise ValueError(
-                        f"stage {stage.name!r}: objective {name!r} needs the pass {objective.needs!r}, "
-                        f"which this model cannot run; {unknown('pass', objective.needs, sorted(can))}"
+                        f"{place}: needs the pass {objective.needs!r}, which this model cannot run; "
+                        f"{unknown('pass', objective.needs, sorted(can))}"
                     )
+                self._check_streams(place, objective.streams)
+                self._check_classes(place, objective)
         return self
 
+    def _check_streams(self, place: str, named: tuple[str, ...]) -> None:
+        """The streams that an objective names must stand in the shared space."""
+        spaces = [head for head in self.model.heads.values() if isinstance(head, ProjectionConfig)]
+        valid = [name for head in spaces for name in head.streams or tuple(self.model.streams)]
+        for name in named:
+            if name not in valid:
+                raise ValueError(f"{place}: {unknown('stream of the projection head', name, valid)}")
+
+    def _check_classes(self, place: str, objective: ObjectiveConfig) -> None:
+        heads = [head for head in self.model.heads.values() if isinstance(head, ClassConfig)]
+        if not isinstance(objective, Classify):
+            return
+        if not heads:
+            raise ValueError(f"{place}: needs a head of the kind 'class', the model has {sorted(self.model.heads)}")
+        if objective.classes != heads[0].classes:
+            raise ValueError(
+                f"{place}: found the classes {list(objective.classes)}, expected those of the class head in their "
+                f"order, {list(heads[0].classes)}; leave 'classes' out, and they are taken from there"
+            )
+
     def stage(self, name: str) -> StageConfig:
-        """The stage called ``name``."""
+        """The stage called ``name``.
+
+        Raises:
+            ConfigError: if there is none.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        raise KeyError(name)
+        raise ConfigError(unknown("stage", name, [stage.name for stage in self.stages]))
+
+
+def _entry(data: Any, key: str) -> Any:
+    """``data[key]`` or the attribute, as far as there is one: a recipe may be given as plain data or as configs."""
+    return data.get(key) if isinstance(data, dict) else getattr(data, key, None)
+
+
+def _values(data: Any) -> list[Any]:
+    return list(data.values()) if isinstance(data, dict) else []
+
+
+def _with_classes(stage: Any, classes: Any) -> Any:
+    if not isinstance(stage, dict) or not isinstance(stage.get("objectives"), dict):
+        return stage
+    objectives = {}
+    for name, value in stage["objectives"].items():
+        options = dict(value) if isinstance(value, dict) else {"weight": value}
+        if options.get("use", name) == "classify" and "classes" not in options:
+            value = {**options, "classes": list(classes)}
+        objectives[name] = value
+    return {**stage, "objectives": objectives}

@@ -6,7 +6,7 @@ Shape legend: ``I`` items, ``U`` units, ``N`` features, ``D`` width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from polymodal.core.batch import Batch, ModelInput, StreamBatch
-from polymodal.core.errors import PolymodalError
+from polymodal.core.errors import DataError
+from polymodal.data.feature_arrays import Features as Stored
 from polymodal.data.feature_cache import FeatureCache
+from polymodal.data.planner import BAD_SAMPLE
 from polymodal.data.protocols import Source
 from polymodal.modalities.processor import Processor, collate_units
 from polymodal.modalities.reader import Reader, checked_read
@@ -25,7 +27,8 @@ from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.training.freezing import fingerprint
 from polymodal.training.precision import Compute
 
-_ITEMS_PER_BATCH = 64
+ITEMS_PER_GROUP = 64
+"""Items that are encoded at once."""
 
 
 class FeatureStore:
@@ -54,25 +57,30 @@ class FeatureStore:
         return content in self._caches[tag]
 
     def fill(self, sources: Sequence[Source], progress: Callable[[int, int], None] | None = None) -> int:
-        """Encode every media item of ``sources`` that is not stored yet; returns how many were encoded.
+        """Encode every media item of ``sources`` that is not stored, or stored damaged; returns how many were encoded.
+
+        Items are encoded in groups that follow from the sources alone, never from what is stored already: after a kill
+        a group is encoded again whole, so that the features are the same to the bit.
 
         Samples that cannot be planned or decoded are passed over here: the loader meets, names and counts them.
         """
         total, done, encoded = sum(len(source) for source in sources), 0, 0
-        pending: dict[str, dict[str, Any]] = {name: {} for name in self.tags}
+        groups: dict[str, dict[str, Any]] = {name: {} for name in self.tags}
+        seen: set[str] = set()
         for source in sources:
             for index in range(len(source)):
-                for name, part in self._items(source, index):
-                    key = f"{self.tags[name]}:{part.content_key()}"
-                    if key not in self:
-                        pending[name][key] = part
-                        if len(pending[name]) >= _ITEMS_PER_BATCH:
-                            encoded += self._encode(name, pending[name])
-                            pending[name] = {}
+                for name, key, part in self._items(source, index):
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    groups[name][key] = part
+                    if len(groups[name]) == ITEMS_PER_GROUP:
+                        encoded += self._complete(name, groups[name])
+                        groups[name] = {}
                 done += 1
                 if progress is not None:
                     progress(done, total)
-        encoded += sum(self._encode(name, items) for name, items in pending.items() if items)
+        encoded += sum(self._complete(name, items) for name, items in groups.items() if items)
         for cache in self._caches.values():
             cache.flush()
         return encoded
@@ -88,70 +96,97 @@ class FeatureStore:
         for cache in self._caches.values():
             cache.close()
 
-    def _items(self, source: Source, index: int) -> Iterator[tuple[str, Any]]:
+    def __enter__(self) -> FeatureStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _items(self, source: Source, index: int) -> list[tuple[str, str, Any]]:
+        """The media items of a sample as ``(stream, key, part)``; none of a sample that cannot be used."""
         try:
             plan = self.processor.plan(source[index])
-        except PolymodalError:
-            return
-        for name in self.tags:
-            for part, _ in plan.items.get(name, []):
-                yield name, part
+            return [
+                (name, f"{self.tags[name]}:{part.content_key()}", part)
+                for name in self.tags
+                for part, _ in plan.items.get(name, [])
+            ]
+        except BAD_SAMPLE:
+            return []
 
-    @torch.no_grad()
-    def _encode(self, name: str, items: dict[str, Any]) -> int:
+    def _get(self, key: str) -> Stored | None:
+        tag, _, content = key.partition(":")
+        return self._caches[tag].get(content)
+
+    def _complete(self, name: str, group: dict[str, Any]) -> int:
+        """Store what is missing or damaged of one group; how many items that were."""
+        missing = [key for key in group if self._get(key) is None]
+        if not missing:
+            return 0
         reader = self.processor.streams[name].reader
         with ThreadPoolExecutor(2) as pool:
-            read = list(pool.map(lambda part: _read(reader, part), items.values()))
-        kept = [(key, found) for key, found in zip(items, read, strict=True) if found is not None]
+            read = list(pool.map(lambda part: _read(reader, part), group.values()))
+        kept = [(key, found) for key, found in zip(group, read, strict=True) if found is not None]
         if not kept:
             return 0
-        stream = collate_units([found for _, found in kept], reader)
-        batch = to_device(Batch(*([np.zeros(0)] * 4), None, {name: stream}, [], [], []), self._compute.device)
-        encoder = self._model.streams[name].encoder
+        features = self._encode(name, [found for _, found in kept])
+        start, stored = 0, 0
+        for key, found in kept:
+            tag, _, content = key.partition(":")
+            rows = slice(start, start + len(found.units))
+            if key in missing:
+                x_UND, is_valid_UN, pooled_UD = (array[rows] for array in features)
+                longest = int(is_valid_UN.sum(1).max())
+                self._caches[tag].put(content, x_UND[:, :longest], is_valid_UN[:, :longest], pooled_UD)
+                stored += 1
+            start = rows.stop
+        return stored
+
+    @torch.no_grad()
+    def _encode(self, name: str, inputs: Sequence[ModelInput]) -> tuple[Any, Any, Any]:
+        """Features ``[U, N, D]``, which are valid ``[U, N]``, and pooled vectors ``[U, D]`` of some items, as numpy."""
+        stream = collate_units(inputs, self.processor.streams[name].reader)
+        none = np.zeros((0, 0), dtype=np.int64)
+        alone = Batch(none, none, none, none, None, {name: stream}, sample_ids=[], labels=[], modalities=[])
+        batch = to_device(alone, self._compute.device)
+        encoder = self._model.get_submodule(f"streams.{name}.encoder")
         was_training = encoder.training
         encoder.eval()
         with self._compute.autocast():
             features = self._model.encode(name, batch.streams[name])
         encoder.train(was_training)
-        start = 0
-        for (key, _), count in zip(kept, stream.unit_counts, strict=True):
-            tag, _, content = key.partition(":")
-            rows = slice(start, start + count)
-            x, valid, pooled = (
-                array[rows].cpu().numpy()
-                for array in (features.x_UND.float(), features.is_valid_UN, features.pooled_UD.float())
-            )
-            longest = int(valid.sum(1).max())
-            self._caches[tag].put(content, x[:, :longest], valid[:, :longest], pooled)
-            start += count
-        return len(kept)
+        found = (features.x_UND.float(), features.is_valid_UN, features.pooled_UD.float())
+        return tuple(array.cpu().numpy() for array in found)  # type: ignore[return-value]
 
     def _gather(self, stream: StreamBatch) -> tuple[Any, Any, Any]:
-        found = []
-        for key in stream.keys:
-            tag, _, content = key.partition(":")
-            features = self._caches[tag].get(content)
-            assert features is not None, f"the cache lost {key}"
-            found.append(features)
-        units = sum(len(item[0]) for item in found)
-        longest = max(item[0].shape[1] for item in found)
-        x_UND = np.zeros((units, longest, found[0][0].shape[2]), dtype=np.float32)
+        found = [self._get(key) for key in stream.keys]
+        lost = [key for key, features in zip(stream.keys, found, strict=True) if features is None]
+        if lost:
+            raise DataError(
+                f"the feature cache lacks {len(lost)} of {len(found)} items of a batch, the first is {lost[0]}: they "
+                "could not be read when it was filled, and can be now, or their record was damaged since; run the same "
+                "command again, which encodes what is missing"
+            )
+        stored = [features for features in found if features is not None]
+        units = sum(len(features.x_UND) for features in stored)
+        longest = max(features.x_UND.shape[1] for features in stored)
+        x_UND = np.zeros((units, longest, stored[0].x_UND.shape[2]), dtype=np.float32)
         is_valid_UN = np.zeros((units, longest), dtype=np.bool_)
         row = 0
-        for x, valid, _ in found:
+        for x, valid, _ in stored:
             x_UND[row : row + len(x), : x.shape[1]] = x
             is_valid_UN[row : row + len(x), : x.shape[1]] = valid
             row += len(x)
-        return x_UND, is_valid_UN, np.concatenate([item[2] for item in found])
+        return x_UND, is_valid_UN, np.concatenate([features.pooled_UP for features in stored])
 
 
 def frozen_streams(model: MultimodalModel) -> list[str]:
     """Streams whose encoder has no trainable parameter; text is left out, its encoder being cheaper than the disk."""
     return [
         name
-        for name, stream in model.streams.items()
+        for name in model.streams
         if model.config.streams[name].modality != "text"
-        and not any(parameter.requires_grad for parameter in stream.encoder.parameters())  # type: ignore[union-attr]
+        and not any(p.requires_grad for p in model.get_submodule(f"streams.{name}.encoder").parameters())
     ]
 
 
@@ -159,6 +194,7 @@ def stream_tag(model: MultimodalModel, name: str) -> str:
     """Names everything that decides a stream's features: reader, encoder and its weights (16 hex digits)."""
     config = model.config.streams[name]
     names = [key for key in model.state_dict() if key.startswith(f"streams.{name}.encoder.")]
+    assert config.reader is not None
     text = f"{config.reader.to_data()}{config.encoder.to_data()}{fingerprint(model, names)}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -173,5 +209,5 @@ def _tagged(processor: Processor, tags: dict[str, str]) -> Processor:
 def _read(reader: Reader, part: Any) -> ModelInput | None:
     try:
         return checked_read(reader, part, reader.measure(part))
-    except PolymodalError:
+    except BAD_SAMPLE:
         return None

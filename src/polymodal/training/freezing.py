@@ -88,9 +88,24 @@ def apply_train(model: nn.Module, entries: Sequence[TrainEntry], where: str = "t
         for part in _outermost(parts):
             adapted = apply_lora(modules[part], entry.adapter, f"{place}.adapter")
             layers = [f"{part}.{name}" if name else part for name in adapted]
+            _refuse_tied(model, layers, place)
             trained.update(f"{layer}.{leaf}" for layer in layers for leaf in ("lora_a", "lora_b"))
     set_trained(model, trained)
     return trained
+
+
+def _refuse_tied(model: nn.Module, layers: Sequence[str], where: str) -> None:
+    """An adapter would part a tied weight when it is merged, and the file of the merged model could not be loaded."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer in layers:
+        others = [name for name in owners[id(model.get_parameter(f"{layer}.weight"))] if name != f"{layer}.weight"]
+        if others:
+            raise ConfigError(
+                f"{where}: the weight of {layer} is tied to {others[0]}, and an adapter would part them; expected a "
+                "weight of its own: set tied: false, or leave the layer out"
+            )
 
 
 def _outermost(paths: Iterable[str]) -> list[str]:

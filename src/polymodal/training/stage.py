@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from polymodal.core.config import Config
 from polymodal.data.planner import BatchSpec
+from polymodal.data.selection import ModalitySource
+from polymodal.data.sources import JsonlSource, open_source
 from polymodal.objectives.table import WeightedObjective, parse_objectives
 from polymodal.training.freezing import TrainEntry
 from polymodal.training.optimizers import OPTIMIZERS
@@ -21,6 +25,17 @@ class DataEntry(Config):
     """A JSON Lines file of samples; relative paths start at the recipe's ``data_root``."""
     weight: PositiveFloat = 1.0
     """Its share of the samples drawn, relative to the other entries."""
+    modalities: tuple[str, ...] | None = None
+    """Only samples all of whose media are of these modalities; None: all samples."""
+
+    def open(self, root: str | os.PathLike[str]) -> JsonlSource | ModalitySource:
+        """The source; relative paths start from ``root``.
+
+        Raises:
+            DataError: if there is none, or nothing of it is selected.
+        """
+        source = open_source(Path(root) / self.path)
+        return source if self.modalities is None else ModalitySource(source, self.modalities)
 
 
 def _named(value: Any, key: str) -> Any:
@@ -31,7 +46,8 @@ def _named(value: Any, key: str) -> Any:
 class StageConfig(Config):
     """One stage."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Its name in folders and reports: letters, digits, ``_``, ``-`` and ``.``."""
     train: tuple[TrainEntry, ...]
     data: tuple[DataEntry, ...]
     objectives: dict[str, Any]
@@ -51,10 +67,11 @@ class StageConfig(Config):
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     save_every: PositiveInt = 500
+    """Steps between checkpoints, from which an interrupted run goes on."""
     eval_every: PositiveInt | None = None
-    """Steps between losses on ``validation``; the best is kept."""
+    """Steps between losses on ``validation``; there is one after the last step too."""
     validation: str | None = None
-    """A JSON Lines file; its loss decides which checkpoint is the best."""
+    """A JSON Lines file; the stage ends with the weights whose loss on it is the lowest."""
 
     @field_validator("train", mode="before")
     @classmethod

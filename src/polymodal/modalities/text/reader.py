@@ -52,7 +52,9 @@ class TextReader(Reader):
     def _ids(self, part: Part) -> list[int]:
         assert isinstance(part, Text)
         if len(part.text) > self.limits.text_chars:
-            raise LimitError("text", f"{len(part.text):,} characters, the limit (text_chars) is {self.limits.text_chars:,}")
+            raise LimitError(
+                "text", f"{len(part.text):,} characters, the limit (text_chars) is {self.limits.text_chars:,}"
+            )
         ids = self.tokenizer.encode(part.text)[: self.config.max_tokens]
         if not ids:
             raise CorruptMediaError("text", "is empty; a text stream needs at least one token")

@@ -1,0 +1,1 @@
+"""Backbones: where streams meet."""

@@ -5,17 +5,28 @@ Shape legend: ``B`` rows, ``T`` tokens, ``D`` width, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from polymodal.core.batch import Batch
 from polymodal.core.config import Config
+from polymodal.modalities.text import chat_format
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.layout import Layout
 from polymodal.models.layers.transformer import Transformer, TransformerConfig
+
+_LLAMA_LIKE = {
+    "width": 128,
+    "depth": 4,
+    "heads": 4,
+    "norm": "rms",
+    "activation": "silu",
+    "gated": True,
+    "bias": False,
+}
 
 
 class DecoderConfig(Config):
@@ -25,15 +36,42 @@ class DecoderConfig(Config):
     """
 
     use: Literal["decoder"] = "decoder"
-    transformer: TransformerConfig = TransformerConfig(
-        width=128, depth=4, heads=4, norm="rms", activation="silu", gated=True, bias=False, rope_theta=10_000.0
-    )
+    transformer: TransformerConfig = TransformerConfig.parse({**_LLAMA_LIKE, "rope_theta": 10_000.0})
+    """The stack; ``rope_theta`` follows from ``positions`` where it is not given."""
     chat: str = "turns"
     """Name of the chat format."""
     max_tokens: PositiveInt = 1024
     """Longest sequence, media tokens included."""
     positions: Literal["rope", "learned"] = "rope"
-    """``learned`` adds a table of ``max_tokens`` positions to the embeddings (GPT-2); ``rope`` turns queries and keys."""
+    """``learned`` adds a table of ``max_tokens`` positions to the embeddings (GPT-2); ``rope`` turns queries, keys."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """``positions`` decides about rotary codes, so that no decoder is left without any positions by accident."""
+        if not isinstance(data, dict):
+            return data
+        transformer = data.get("transformer", _LLAMA_LIKE)
+        if isinstance(transformer, dict) and "rope_theta" not in transformer:
+            is_rotary = data.get("positions", "rope") == "rope"
+            data = {**data, "transformer": {**transformer, "rope_theta": 10_000.0 if is_rotary else None}}
+        return data
+
+    @field_validator("chat")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return chat_format(name).name
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if (self.positions == "rope") != (self.transformer.rope_theta is not None):
+            raise ValueError(
+                f"positions: {self.positions} and transformer.rope_theta: {self.transformer.rope_theta} contradict "
+                "each other; leave rope_theta out"
+            )
+        if self.transformer.cross_width is not None:
+            raise ValueError("transformer.cross_width: no stream enters a decoder by cross-attention; leave it out")
+        return self
 
     @property
     def width(self) -> int:
@@ -52,11 +90,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)
+        nn.init.normal_(self.embed_tokens.weight, std=config.width**-0.5)
         self.embed_positions: nn.Embedding | None = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_tokens, config.width)
-            nn.init.normal_(self.embed_positions.weight, std=0.02)
+            nn.init.normal_(self.embed_positions.weight, std=config.width**-0.5)
         self.transformer = Transformer(config.transformer)
 
     def embed(self, ids_BT: Tensor) -> Tensor:

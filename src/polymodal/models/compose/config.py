@@ -9,12 +9,21 @@ from pydantic import Field, PositiveInt, model_validator
 from polymodal.core.config import Config, unknown
 from polymodal.core.parts import MODALITIES
 from polymodal.modalities.table import READERS
-from polymodal.models.backbones.decoder import DecoderConfig
 from polymodal.models.backbones.table import BACKBONES, MergeConfig, NoBackboneConfig
 from polymodal.models.connectors.table import CONNECTORS
 from polymodal.models.encoders.table import ENCODERS
+from polymodal.models.entries.fusions import FUSIONS
 from polymodal.models.entries.table import ENTRIES, MergeEntry, SequenceEntry
 from polymodal.models.heads.table import HEADS
+
+_BACKBONE_OF = {
+    "sequence": "decoder",
+    "next_token": "decoder",
+    "merge": "merge",
+    "class": "merge",
+    "matching": "merge",
+}
+"""The backbone that an entry or a head needs; those that are not here go with any."""
 
 
 class TokenizerConfig(Config):
@@ -65,10 +74,12 @@ class StreamConfig(Config):
         if self.modality not in MODALITIES:
             raise ValueError(unknown("modality", self.modality, MODALITIES))
         for kind, part in (("encoder", self.encoder), ("reader", self.reader)):
-            if part.modality != self.modality:
+            if part is not None and part.modality != self.modality:
                 raise ValueError(f"{kind} {part.use!r} is for {part.modality}, the stream is {self.modality}")
         if self.enters.use == "none" and self.connector is not None:
-            raise ValueError("the stream enters nothing, so its connector would never run; remove it or say how it enters")
+            raise ValueError(
+                "the stream enters nothing, so its connector would never run; remove it or say how it enters"
+            )
         return self
 
 
@@ -84,23 +95,26 @@ class ModelConfig(Config):
     def _agree(self) -> ModelConfig:
         if not self.heads:
             raise ValueError("heads: expected at least one; a model without a head has nothing to learn or to give")
-        entries = {"sequence": DecoderConfig, "merge": MergeConfig}
         for name, stream in self.streams.items():
-            needed = entries.get(stream.enters.use)
-            if needed is not None and not isinstance(self.backbone, needed):
-                raise ValueError(
-                    f"streams.{name} enters by {stream.enters.use!r}, which needs the backbone "
-                    f"{needed.model_fields['use'].default!r}; found {self.backbone.use!r}"
-                )
-        merged = [name for name, stream in self.streams.items() if isinstance(stream.enters, MergeEntry)]
-        if isinstance(self.backbone, MergeConfig) and not merged:
-            raise ValueError("backbone merge: no stream enters by 'merge'")
+            self._check_backbone(f"streams.{name} enters by {stream.enters.use!r}, which", stream.enters.use)
+        for name, head in self.heads.items():
+            self._check_backbone(f"heads.{name}, a {head.use!r} head,", head.use)
+        if isinstance(self.backbone, MergeConfig):
+            takes = {name: self.streams[name].enters.take for name in self.merge_streams}
+            if not takes:
+                raise ValueError("backbone merge: no stream enters by 'merge'")
+            FUSIONS.parse(self.backbone.fusion, "backbone.fusion").check(takes)
         if isinstance(self.backbone, NoBackboneConfig) and not self.streams:
             raise ValueError("streams: a model without a backbone needs at least one stream")
         kinds = [head.use for head in self.heads.values()]
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"heads: found {kinds}, expected each kind once")
         return self
+
+    def _check_backbone(self, what: str, use: str) -> None:
+        needed = _BACKBONE_OF.get(use)
+        if needed is not None and self.backbone.use != needed:
+            raise ValueError(f"{what} needs the backbone {needed!r}; found {self.backbone.use!r}")
 
     @property
     def sequence_streams(self) -> list[str]:
@@ -115,5 +129,6 @@ class ModelConfig(Config):
     def count_tokens(self, stream: str, lengths: tuple[int, ...]) -> int:
         """How many tokens an item with units of these lengths will take in the sequence."""
         config = self.streams[stream]
+        assert config.connector is not None
         features = [config.encoder.num_features(length) for length in lengths]
         return sum(int(config.connector.num_tokens(count)) for count in features)

@@ -1,6 +1,6 @@
 """The merge backbone: per-sample tokens of several streams -> one state, with a stated policy for absent modalities.
 
-Shape legend: ``S`` samples, ``M`` tokens, ``W`` width, ``U`` units, ``I`` items.
+Shape legend: ``S`` samples, ``M`` tokens, ``W`` width, ``U`` units, ``C`` streams, ``N`` mismatched samples.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from polymodal.core.batch import StreamBatch
+from polymodal.core.errors import ConfigError
 from polymodal.models.backbones.table import MergeConfig
 from polymodal.models.encoders.base import Features
-from polymodal.models.entries.fusions import FUSIONS
+from polymodal.models.entries.fusions import FUSIONS, Tokens
 from polymodal.models.entries.table import MergeEntry
 
 Item = tuple[nn.Module, Features, StreamBatch]
@@ -32,7 +33,11 @@ class Merge(nn.Module):
         self.config = config
         self.entries = dict(entries)
         self.missing = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(config.width) * 0.02) for name, e in entries.items() if e.missing == "learned"}
+            {
+                name: nn.Parameter(torch.randn(config.width) * config.width**-0.5)
+                for name, e in entries.items()
+                if e.missing == "learned"
+            }
         )
         self.fusion = FUSIONS.parse(config.fusion).build(list(entries), config.width)
 
@@ -42,12 +47,25 @@ class Merge(nn.Module):
         Args:
             items: per stream that has items in the batch, its connector, features and batch.
             num_samples: ``S``.
+
+        Raises:
+            ConfigError: if no merged stream has an item in the batch.
+        """
+        return self.fuse(*self.lay_out(items, num_samples))
+
+    def lay_out(self, items: Mapping[str, Item], num_samples: int) -> tuple[Tokens, Tokens]:
+        """Per merged stream, connected tokens ``[S, M, W]`` and which are valid ``[S, M]``, after modality dropout.
+
+        Raises:
+            ConfigError: if no merged stream has an item in the batch.
         """
         tokens: dict[str, Tensor] = {}
         is_valid: dict[str, Tensor] = {}
         for name in self.entries:
             if name in items:
-                tokens[name], is_valid[name] = self._lay_out(name, *items[name], num_samples)
+                tokens[name], is_valid[name] = self._place(name, *items[name], num_samples)
+        if not tokens:
+            raise ConfigError(f"merge: no sample of the batch has one of the merged streams {sorted(self.entries)}")
         example = next(iter(tokens.values()))
         for name in self.entries:
             if name not in tokens:
@@ -55,12 +73,46 @@ class Merge(nn.Module):
                 is_valid[name] = torch.zeros(num_samples, 1, dtype=torch.bool, device=example.device)
         if self.training:
             self._drop(is_valid)
+        return tokens, is_valid
+
+    def fuse(self, tokens: Tokens, is_valid: Tokens) -> Tensor:
+        """The states ``[S, W]`` of laid-out tokens, learned stand-ins included."""
+        tokens, is_valid = dict(tokens), dict(is_valid)
         for name in self.missing:
             tokens[name], is_valid[name] = self._stand_in(tokens[name], is_valid[name], self.missing[name])
         state: Tensor = self.fusion(tokens, is_valid)
         return state
 
-    def _lay_out(
+    def mismatch(self, tokens: Tokens, is_valid: Tokens) -> tuple[Tokens, Tokens, Tensor]:
+        """Samples with one of their streams, drawn at random, taken from another sample of the batch.
+
+        Worked example, streams ``a b``: samples ``a0 b0``, ``a1 b1`` and ``a2`` may give ``a0 b1`` and ``a2 b1``, of
+        the samples ``[0 1]``; sample 2 has nothing that could contradict ``a2``.
+
+        Returns:
+            tokens and validity as from :meth:`lay_out`, of ``N`` mixed samples, and the ``[N]`` int64 samples that they
+            were made of.
+        """
+        present_SC = torch.stack([is_valid[name].any(1) for name in self.entries], dim=1).cpu()
+        holders_C = present_SC.sum(0)
+        may_swap_SC = present_SC & (present_SC.sum(1, keepdim=True) > 1) & (holders_C > 1)
+        best_S, column_S = torch.rand(may_swap_SC.shape).masked_fill(~may_swap_SC, -1.0).max(1)
+        samples_N = (best_S >= 0).nonzero().squeeze(1)
+        mixed: dict[str, Tensor] = {}
+        mixed_valid: dict[str, Tensor] = {}
+        for column, name in enumerate(self.entries):
+            source_N = samples_N.clone()
+            is_swapped_N = column_S[samples_N] == column
+            holders = present_SC[:, column].nonzero().squeeze(1)
+            # A step of 1 .. holders - 1 along the ring of holders never comes back to the sample itself.
+            own_place = torch.searchsorted(holders, samples_N[is_swapped_N])
+            steps = torch.randint(1, max(2, len(holders)), own_place.shape)
+            source_N[is_swapped_N] = holders[(own_place + steps) % max(1, len(holders))]
+            source_N = source_N.to(tokens[name].device)
+            mixed[name], mixed_valid[name] = tokens[name][source_N], is_valid[name][source_N]
+        return mixed, mixed_valid, samples_N.to(tokens[name].device)
+
+    def _place(
         self, name: str, connector: nn.Module, features: Features, stream: StreamBatch, num_samples: int
     ) -> tuple[Tensor, Tensor]:
         """Tokens ``[S, M, W]``: the units of a sample's items one after another."""

@@ -1,7 +1,7 @@
 """The composed model: encode, connect, enter, read out.
 
-Shape legend: ``U`` units, ``N`` features, ``M`` tokens, ``D`` width, ``I`` items, ``S`` samples, ``B`` rows, ``T`` tokens
-of a row, ``E`` embedding width, ``K`` predicted tokens.
+Shape legend: ``U`` units, ``N`` features, ``M`` tokens, ``D`` width, ``I`` items, ``S`` samples, ``B`` rows,
+``T`` tokens of a row, ``E`` embedding width, ``K`` predicted tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from polymodal.core.errors import ConfigError
 from polymodal.models.backbones.decoder import Decoder, DecoderConfig, batch_layout, supervised_index
 from polymodal.models.backbones.table import MergeConfig
 from polymodal.models.compose.config import ModelConfig, StreamConfig
-from polymodal.models.compose.merge import Merge
+from polymodal.models.compose.merge import Item, Merge
 from polymodal.models.encoders.base import Features
-from polymodal.models.heads.table import HeadInputs, NextTokenConfig, ProjectionConfig, ProjectionHead
+from polymodal.models.heads.table import HeadInputs, ProjectionHead
 from polymodal.models.layers.cache import KVCache
 
-PASSES = ("sequence", "embed", "merge")
+PASSES = ("sequence", "embed", "merge", "match")
 
 
 class Stream(nn.Module):
@@ -45,7 +45,6 @@ class MultimodalModel(nn.Module):
     Args:
         config: the model.
         vocab_size: size of the tokenizer.
-        pad_id: token whose embedding a text encoder never sees as content.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -94,11 +93,16 @@ class MultimodalModel(nn.Module):
                 return self.heads[name]
         raise ConfigError(f"the model has no head of the kind {use!r}; its heads: {sorted(self.config.heads)}")
 
+    def _stream(self, name: str) -> Stream:
+        stream = self.streams[name]
+        assert isinstance(stream, Stream)
+        return stream
+
     def encode(self, name: str, stream: StreamBatch) -> Features:
         """Run the encoder of stream ``name`` over a batch's units, or take the cached features."""
         if stream.features is not None:
             return Features(*stream.features)
-        features: Features = self.streams[name].encoder(stream.values, stream.lengths)
+        features: Features = self._stream(name).encoder(stream.values, stream.lengths)
         return features
 
     def forward(self, batch: Batch, passes: Collection[str] = ("sequence",)) -> Outputs:
@@ -106,7 +110,11 @@ class MultimodalModel(nn.Module):
 
         Args:
             batch: tensors on the model's device (``to_device``).
-            passes: of ``sequence`` (token logits), ``embed`` (shared space), ``merge`` (merged state).
+            passes: of ``sequence`` (token logits), ``embed`` (shared space), ``merge`` (merged state), ``match`` (that,
+                and beside it mismatched samples of the batch).
+
+        Raises:
+            ConfigError: if a pass is unknown, or the model has no head or backbone for it.
         """
         wanted = set(passes)
         if wanted - set(PASSES):
@@ -117,15 +125,15 @@ class MultimodalModel(nn.Module):
             self._sequence(batch, features, outputs)
         if "embed" in wanted:
             self._embed(batch, features, outputs)
-        if "merge" in wanted:
-            self._merge(batch, features, outputs)
+        if wanted & {"merge", "match"}:
+            self._merge(batch, features, outputs, with_mismatches="match" in wanted)
         return outputs
 
     def _needed(self, batch: Batch, passes: set[str]) -> Iterable[str]:
         names: set[str] = set()
         if "sequence" in passes:
             names |= set(self.config.sequence_streams)
-        if "merge" in passes:
+        if passes & {"merge", "match"}:
             names |= set(self.config.merge_streams)
         if "embed" in passes:
             names |= set(self._projection().projs)
@@ -149,14 +157,16 @@ class MultimodalModel(nn.Module):
             if len(media) != len(stream.token_index):
                 raise ConfigError(
                     f"stream {name!r}: {len(media)} media tokens for {len(stream.token_index)} placeholders "
-                    f"({len(stream.unit_counts)} items); the count that the config derives and what its modules give differ"
+                    f"({len(stream.unit_counts)} items); what the config derives and what its modules give differ"
                 )
             flat = flat.index_copy(0, stream.token_index, media.to(flat.dtype))
         return flat.view(rows, tokens, width)
 
     def connect(self, name: str, features: Features) -> Tensor:
         """The valid tokens of all units of a stream, in unit order: ``[sum M, D]``."""
-        tokens_UMD, is_valid_UM = self.streams[name].connector(features.x_UND, features.is_valid_UN)
+        connector = self._stream(name).connector
+        assert connector is not None
+        tokens_UMD, is_valid_UM = connector(features.x_UND, features.is_valid_UN)
         if bool(is_valid_UM.all()):
             return torch.flatten(tokens_UMD, 0, 1)
         return torch.as_tensor(tokens_UMD[is_valid_UM])
@@ -189,26 +199,33 @@ class MultimodalModel(nn.Module):
                 outputs.embeddings[name] = (head(pooled_ID, name), stream.sample_of_item)
         outputs.scale, outputs.bias = head.scale, head.bias
 
-    def _merge(self, batch: Batch, features: dict[str, Features], outputs: Outputs) -> None:
-        assert isinstance(self.backbone, Merge)
-        items = {
-            name: (self.streams[name].connector, features[name], batch.streams[name])
-            for name in self.config.merge_streams
-            if name in features
-        }
-        outputs.merged = self.backbone(items, batch.num_samples)
+    def _merge(self, batch: Batch, features: dict[str, Features], outputs: Outputs, *, with_mismatches: bool) -> None:
+        if not isinstance(self.backbone, Merge):
+            raise ConfigError(f"this needs a merge backbone; the model's backbone is {self.config.backbone.use!r}")
+        items: dict[str, Item] = {}
+        for name in self.config.merge_streams:
+            connector = self._stream(name).connector
+            if name in features and connector is not None:
+                items[name] = (connector, features[name], batch.streams[name])
+        tokens, is_valid = self.backbone.lay_out(items, batch.num_samples)
+        outputs.merged = self.backbone.fuse(tokens, is_valid)
         for name, config in self.config.heads.items():
             if config.use == "class":
                 outputs.class_logits = self.heads[name](outputs.merged)
             elif config.use == "matching":
                 outputs.match_logits = self.heads[name](outputs.merged).squeeze(-1)
+        if with_mismatches:
+            *mixed, outputs.mismatch_samples = self.backbone.mismatch(tokens, is_valid)
+            # Nothing to mismatch: the modules need not stand empty batches.
+            states = self.backbone.fuse(*mixed) if len(outputs.mismatch_samples) else outputs.merged[:0]
+            outputs.mismatch_logits = self.head("matching")(states).squeeze(-1)
 
 
 def pool_items(pooled_UD: Tensor, unit_counts: list[int]) -> Tensor:
     """Mean over each item's units: ``[I, D]``."""
     if all(count == 1 for count in unit_counts):
         return pooled_UD
-    return torch.stack([part.mean(0) for part in pooled_UD.split(unit_counts)])
+    return torch.stack([part.mean(0) for part in torch.split(pooled_UD, unit_counts)])
 
 
 def _with_vocabulary(stream: StreamConfig, vocab_size: int) -> StreamConfig:
@@ -223,10 +240,10 @@ def supports(config: ModelConfig) -> set[str]:
     """The passes that a model of this config can run."""
     kinds = {head.use for head in config.heads.values()}
     found = set()
-    if NextTokenConfig.model_fields["use"].default in kinds:
+    if "next_token" in kinds:
         found.add("sequence")
-    if ProjectionConfig.model_fields["use"].default in kinds:
+    if "projection" in kinds:
         found.add("embed")
     if isinstance(config.backbone, MergeConfig):
-        found.add("merge")
+        found |= {"merge", "match"} if "matching" in kinds else {"merge"}
     return found

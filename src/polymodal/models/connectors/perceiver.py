@@ -73,7 +73,7 @@ class Perceiver(Connector):
 
     def __init__(self, config: PerceiverConfig, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(config.latents, config.width) * 0.02)
+        self.latents = nn.Parameter(torch.randn(config.latents, config.width) * config.width**-0.5)
         self.in_proj = nn.Linear(in_dim, config.width)
         self.blocks = nn.ModuleList(ResamplerBlock(config.width, config.heads) for _ in range(config.depth))
         self.final_norm = nn.LayerNorm(config.width)

@@ -69,7 +69,7 @@ class QFormer(Connector):
 
     def __init__(self, config: QFormerConfig, in_dim: int, out_dim: int) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(config.queries, config.width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(config.queries, config.width) * config.width**-0.5)
         self.query_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.transformer = Transformer(config.stack(in_dim))
         self.out = MLPStack(config.width, out_dim, 1)

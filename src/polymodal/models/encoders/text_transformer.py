@@ -70,7 +70,7 @@ class TextTransformer(Encoder):
         self.token_embed = nn.Embedding(config.vocab_size, config.width)
         initialise(self.token_embed, 1)
         self.positions = LearnedPositions(config.max_tokens, config.width)
-        self.cls_token = nn.Parameter(torch.randn(config.width) * 0.02) if config.pool == "cls" else None
+        self.cls_token = nn.Parameter(torch.randn(config.width) * config.width**-0.5) if config.pool == "cls" else None
         self.transformer = Transformer(config.stack())
 
     def forward(self, values: Tensor, lengths_U: Tensor) -> Features:

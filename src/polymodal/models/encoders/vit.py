@@ -143,7 +143,7 @@ class VitTrunk(nn.Module):
             else nn.Conv2d(3, width, patch, stride=patch, bias=config.patch_bias)
         )
         has_cls = config.pool == "cls"
-        self.cls_token = nn.Parameter(torch.randn(width) * 0.02) if has_cls else None
+        self.cls_token = nn.Parameter(torch.randn(width) * width**-0.5) if has_cls else None
         self.learned_positions: LearnedPositions | None = None
         if config.positions == "learned":
             self.learned_positions = LearnedPositions(num_patches + has_cls, width)
@@ -151,7 +151,7 @@ class VitTrunk(nn.Module):
             codes = sincos_2d(config.grid, config.grid, width)
             codes = torch.cat((torch.zeros(int(has_cls), width), codes))
             self.register_buffer("positions_TD", codes, persistent=False)
-        self.registers = nn.Parameter(torch.randn(config.registers, width) * 0.02) if config.registers else None
+        self.registers = nn.Parameter(torch.randn(config.registers, width) * width**-0.5) if config.registers else None
         self.embed_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.embed_norm else None
         self.transformer = Transformer(config.stack(config.depth + 1 + config.layer, final_norm=config.layer == -1))
         initialise(self.patch_embed, 1)

@@ -1,0 +1,1 @@
+"""How streams enter a backbone, and the fusions that merge them."""

@@ -30,6 +30,13 @@ class FusionConfig(Config):
 
     use: str
 
+    def check(self, takes: Mapping[str, str]) -> None:
+        """Refuse streams that this fusion cannot merge; ``takes``: whether each gives ``pooled`` or ``tokens``.
+
+        Raises:
+            ConfigError: if it cannot.
+        """
+
     def build(self, streams: Sequence[str], width: int) -> nn.Module:
         """The fusion of the named streams, each ``width`` wide."""
         raise NotImplementedError
@@ -81,7 +88,8 @@ class ConcatConfig(FusionConfig):
     """Concatenation, on a stated axis.
 
     ``feature``: pooled vectors side by side, ``N * W`` wide, through an MLP (a missing one is zero). ``sequence``: all
-    tokens in one sequence, each with its stream's embedding, through a bidirectional transformer; the state is the mean.
+    tokens in one sequence, each with its stream's embedding, through a bidirectional transformer; the state is their
+    mean.
     """
 
     use: Literal["concat"] = "concat"
@@ -117,7 +125,7 @@ class SequenceConcat(nn.Module):
     def __init__(self, config: ConcatConfig, streams: Sequence[str], width: int) -> None:
         super().__init__()
         self.streams = tuple(streams)
-        self.stream_embeddings = nn.Parameter(torch.randn(len(streams), width) * 0.02)
+        self.stream_embeddings = nn.Parameter(torch.randn(len(streams), width) * width**-0.5)
         self.transformer = Transformer(TransformerConfig(width=width, depth=config.depth, heads=config.heads))
 
     def forward(self, tokens: Tokens, is_valid: Tokens) -> Tensor:
@@ -143,9 +151,10 @@ class ProductFusion(nn.Module):
     def __init__(self, streams: Sequence[str], width: int) -> None:
         super().__init__()
         self.streams = tuple(streams)
-        self.maps = nn.ModuleDict({name: nn.Linear(width, width) for name in streams})
-        for layer in self.maps.values():
+        maps = {name: nn.Linear(width, width) for name in streams}
+        for layer in maps.values():
             nn.init.normal_(layer.weight, std=width**-0.5)
+        self.maps = nn.ModuleDict(maps)
         self.mlp = _mlp(width, width)
 
     def forward(self, tokens: Tokens, is_valid: Tokens) -> Tensor:
@@ -160,7 +169,10 @@ class ProductFusion(nn.Module):
 
 
 class GatedConfig(FusionConfig):
-    """Gated multimodal unit: per feature, a gate that sees all streams chooses among them (Arevalo 1702.01992 sec. 3)."""
+    """Gated multimodal unit: per feature, a gate that sees all streams chooses among them.
+
+    Source: Arevalo 1702.01992 sec. 3; see :class:`WeightedFusion` for the deviation.
+    """
 
     use: Literal["gated"] = "gated"
 
@@ -193,10 +205,10 @@ class WeightedFusion(nn.Module):
 
     def weights(self, vectors_SNW: Tensor, present_SN: Tensor) -> Tensor:
         """``[S, N, W]`` (gated) or ``[S, N, 1]`` (dynamic) weights that sum to one over present streams."""
-        samples, num_streams, _ = vectors_SNW.shape
-        scores = self.gate((vectors_SNW * present_SN.unsqueeze(-1)).flatten(1)).view(samples, num_streams, -1)
+        num_streams = vectors_SNW.shape[1]
+        scores = self.gate((vectors_SNW * present_SN.unsqueeze(-1)).flatten(1)).unflatten(1, (num_streams, -1))
         scores = scores.masked_fill(~present_SN.unsqueeze(-1), torch.finfo(scores.dtype).min)
-        return scores.softmax(dim=1)
+        return torch.softmax(scores, dim=1)
 
     def forward(self, tokens: Tokens, is_valid: Tokens) -> Tensor:
         """``[S, W]``."""
@@ -209,7 +221,8 @@ class CrossAttentionConfig(FusionConfig):
     """Queries attend to the tokens of the other streams.
 
     ``query`` names the stream that asks (its tokens attend to all others, ViLBERT-like 1908.02265), or ``learned``
-    for learned queries over all streams. At least two keys are required: over a single key, attention ignores its query.
+    for learned queries over all streams. A sample that lacks the stream that asks has no state but zero: give that
+    stream ``missing: learned``.
     """
 
     use: Literal["cross_attention"] = "cross_attention"
@@ -218,13 +231,25 @@ class CrossAttentionConfig(FusionConfig):
     depth: PositiveInt = 2
     heads: PositiveInt = 4
 
+    def check(self, takes: Mapping[str, str]) -> None:
+        """Prove that there is something to attend to, and something to choose from.
+
+        Raises:
+            ConfigError: if ``query`` names no stream, or attention would see a single key.
+        """
+        if self.query != "learned" and self.query not in takes:
+            raise ConfigError(
+                f"fusion cross_attention: query is {self.query!r}, expected 'learned' or one of {list(takes)}"
+            )
+        keys = [name for name in takes if name != self.query]
+        if len(takes) < 2 or (len(keys) == 1 and takes[keys[0]] == "pooled"):
+            raise ConfigError(
+                f"fusion cross_attention: the keys are {[f'{name}: {takes[name]}' for name in keys]}, expected at "
+                "least two; attention over a single key ignores its query; merge more streams, or take: tokens"
+            )
+
     def build(self, streams: Sequence[str], width: int) -> nn.Module:
         """The fusion."""
-        if self.query != "learned" and self.query not in streams:
-            raise ConfigError(f"fusion cross_attention: query is {self.query!r}, expected 'learned' or one of {list(streams)}")
-        keys = [name for name in streams if name != self.query]
-        if len(streams) < 2 or (self.query != "learned" and not keys):
-            raise ConfigError("fusion cross_attention: needs at least two streams; attention over one key ignores its query")
         return CrossAttentionFusion(self, streams, width)
 
 
@@ -235,10 +260,10 @@ class CrossAttentionFusion(nn.Module):
         super().__init__()
         self.query = config.query
         self.keys = tuple(name for name in streams if name != config.query)
-        self.stream_embeddings = nn.Parameter(torch.randn(len(self.keys), width) * 0.02)
+        self.stream_embeddings = nn.Parameter(torch.randn(len(self.keys), width) * width**-0.5)
         self.queries: nn.Parameter | None = None
         if config.query == "learned":
-            self.queries = nn.Parameter(torch.randn(config.num_queries, width) * 0.02)
+            self.queries = nn.Parameter(torch.randn(config.num_queries, width) * width**-0.5)
         self.transformer = Transformer(
             TransformerConfig(width=width, depth=config.depth, heads=config.heads, cross_width=width)
         )

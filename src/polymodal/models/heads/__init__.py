@@ -1,0 +1,1 @@
+"""Heads: what is read out of states and features."""

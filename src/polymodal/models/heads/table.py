@@ -1,6 +1,6 @@
 """Heads: states -> what is asked for.
 
-Shape legend: ``K`` predicted tokens, ``V`` vocabulary, ``I`` items, ``E`` embedding width, ``S`` samples, ``C`` classes.
+Shape legend: ``V`` vocabulary, ``I`` items, ``D`` width, ``E`` embedding width, ``S`` samples, ``C`` classes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class NextTokenHead(nn.Module):
     def __init__(self, embedding: nn.Embedding, tied: bool) -> None:
         super().__init__()
         self.proj = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
-        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.normal_(self.proj.weight, std=embedding.embedding_dim**-0.5)
         if tied:
             self.proj.weight = embedding.weight
 
@@ -100,7 +100,9 @@ class ProjectionConfig(HeadConfig):
         """The head; a stream that is not there is an error."""
         missing = sorted(set(self.streams) - set(inputs.stream_widths))
         if missing:
-            raise ConfigError(f"head projection: streams {missing} are not in the model: {sorted(inputs.stream_widths)}")
+            raise ConfigError(
+                f"head projection: streams {missing} are not in the model; its streams: {sorted(inputs.stream_widths)}"
+            )
         names = self.streams or tuple(inputs.stream_widths)
         return ProjectionHead(self, {name: inputs.stream_widths[name] for name in names})
 
@@ -111,9 +113,10 @@ class ProjectionHead(nn.Module):
     def __init__(self, config: ProjectionConfig, widths: Mapping[str, int]) -> None:
         super().__init__()
         self.config = config
-        self.projs = nn.ModuleDict({name: nn.Linear(width, config.dim, bias=False) for name, width in widths.items()})
+        projs = {name: nn.Linear(width, config.dim, bias=False) for name, width in widths.items()}
         for name, width in widths.items():
-            nn.init.normal_(self.projs[name].weight, std=width**-0.5)
+            nn.init.normal_(projs[name].weight, std=width**-0.5)
+        self.projs = nn.ModuleDict(projs)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1.0 / config.temperature)))
         self.bias = nn.Parameter(torch.tensor(config.bias))
 

@@ -78,7 +78,7 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.count = count
         self.weight = nn.Parameter(torch.empty(count, width))
-        nn.init.trunc_normal_(self.weight, std=0.02, a=-0.04, b=0.04)
+        nn.init.normal_(self.weight, std=width**-0.5)
 
     def forward(self, positions_BT: Tensor) -> Tensor:
         """Codes ``[B, T, D]`` of int64 positions below ``count``."""

@@ -144,7 +144,7 @@ def measure(options: harness.Options, name: str, result: harness.Result) -> floa
         ["filling, s", "uncached epoch, s", "cached epoch, s", "epochs until the cache has paid for itself"],
         [[fill, epoch[UNCACHED], epoch[CACHED], even]],
     )
-    return harness.ratio(rows, CACHED, UNCACHED)
+    return harness.cpu_ratio(rows, CACHED, UNCACHED)
 
 
 def run(options: harness.Options) -> harness.Result:

@@ -83,18 +83,24 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def add_rows(self, title: str, rows: Sequence[Row], unit: str, baseline: str) -> None:
-        """Add a table of rates: median and range of each row, and its ratio to the baseline's in the same round."""
+        """Add a table of rates: median and range of each row, and its ratios to the baseline in the same round."""
         base = next(row for row in rows if row.name == baseline)
-        columns = ["case", unit, "range", f"ratio to {baseline}", "range of ratio", "ratio by CPU time"]
+        columns = ["case", unit, "range", "ratio by CPU time", "range", "ratio by wall time", "range"]
         extras = list(dict.fromkeys(key for row in rows for key in row.extra))
         cells = []
         for row in rows:
-            paired = ratios(row, base)
+            by_cpu, paired = cpu_ratios(row, base), ratios(row, base)
             cells.append(
                 [row.name, _short(statistics.median(row.rates)), _range(row.rates)]
-                + [f"{statistics.median(paired):.2f}", _range(paired), f"{cpu_ratio(row, base):.2f}"]
+                + [
+                    f"{statistics.median(by_cpu):.2f}",
+                    _range(by_cpu),
+                    f"{statistics.median(paired):.2f}",
+                    _range(paired),
+                ]
                 + [str(row.extra.get(key, "")) for key in extras]
             )
+        title = f"{title}; ratios to '{baseline}'"
         self.tables.append({"title": title, "columns": columns + extras, "rows": cells})
 
     def add_table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -197,16 +203,16 @@ def ratios(row: Row, base: Row) -> list[float]:
     return [one / other for one, other in zip(row.rates, base.rates, strict=True)]
 
 
-def cpu_ratio(row: Row, base: Row) -> float:
-    """The same by processor time of all threads, median over rounds: what other programs change least."""
+def cpu_ratios(row: Row, base: Row) -> list[float]:
+    """The same by processor time of all threads: what other programs on the machine change least."""
     pairs = zip(row.cpu_seconds, base.cpu_seconds, strict=True)
-    return statistics.median(other / base.work * row.work / one for one, other in pairs)
+    return [other / base.work * row.work / one for one, other in pairs]
 
 
-def ratio(rows: Sequence[Row], name: str, baseline: str) -> float:
-    """Median over rounds of one row's rate over another's."""
+def cpu_ratio(rows: Sequence[Row], name: str, baseline: str) -> float:
+    """Median over rounds of one row's work per processor second over another's; what goals are judged by."""
     found = {row.name: row for row in rows}
-    return statistics.median(ratios(found[name], found[baseline]))
+    return statistics.median(cpu_ratios(found[name], found[baseline]))
 
 
 def machine() -> dict[str, Any]:

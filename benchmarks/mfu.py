@@ -114,9 +114,7 @@ class Bench:
         self.compute = ComputeConfig(device=device, dtype="bfloat16").resolve()
         self.compute.apply()
         torch.manual_seed(0)
-        self.network = MultimodalModel(recipe.model, self.vocab_size).to(
-            self.compute.device
-        )
+        self.network = MultimodalModel(recipe.model, self.vocab_size).to(self.compute.device)
         processor = make_processor(recipe, tokenizer)
         made = [make_batch(processor, self.network, shape, self.vocab_size, seed) for seed in range(2)]
         self.batches = [to_device(batch, self.compute.device) for batch in made]

@@ -4,7 +4,7 @@ A picture and a sound of two things: ``same`` if both have one colour, else ``di
 adds to the verdict on its own is worth nothing, so a merge that only adds must stay at chance, whichever way it
 was trained. Two things are needed: streams that are aligned before they meet, and a merge in which they interact.
 
-    python examples/interaction.py    # three seeds, about 2 minutes on one core
+    python examples/interaction.py    # three seeds: 197 CPU seconds
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ EXAMPLE = Example(
     claims=(
         Claim("concatenation after alignment reaches 0.95", lambda s: s["concat"] >= 0.95),
         Claim("the product after alignment reaches 0.95", lambda s: s["product"] >= 0.95),
-        Claim("the sum stays at chance (0.44 to 0.56)", lambda s: 0.44 <= s["sum"] <= 0.56),
+        Claim("the sum stays at chance (mean 0.44 to 0.56)", lambda s: 0.44 <= s["sum"] <= 0.56, on_mean=True),
     ),
     run_seed=run_seed,
 )

@@ -82,11 +82,11 @@ def draw_thing(rng: np.random.Generator) -> Thing:
     return Thing(*(int(rng.integers(count)) for count in (len(SHAPES), len(COLOURS), len(QUADRANTS), len(MOTIONS))))
 
 
-def picture(thing: Thing, rng: np.random.Generator, noise: float = 12.0) -> pm.Image:
+def picture(thing: Thing, rng: np.random.Generator, noise: float = 12.0, radius_px: float = 4.5) -> pm.Image:
     """The thing in its quadrant on dark ground, uint8 ``[24, 24, 3]``; ``noise`` in grey levels."""
     centre = np.array([6 + 11 * (thing.quadrant // 2), 6 + 11 * (thing.quadrant % 2)]) + rng.uniform(-1, 1, 2)
     y, x = np.mgrid[:SIDE_PX, :SIDE_PX] - centre[:, None, None]
-    inside = _inside(thing.shape, x / 4.5, y / 4.5)
+    inside = _inside(thing.shape, x / radius_px, y / radius_px)
     canvas = np.full((SIDE_PX, SIDE_PX, 3), 40.0)
     canvas[inside] = tuple(COLOURS.values())[thing.colour]
     canvas += rng.normal(0, noise, canvas.shape)

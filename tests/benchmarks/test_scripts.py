@@ -35,7 +35,7 @@ def test_packing(tmp_path):
     masks, losses = column(data, "masks"), column(data, "loss")
     assert masks["packed, 8 samples"] == masks["packed, 16 samples"] == "0"
     assert masks["packed, 16 samples, dense mask"] != "0", "the spy on attention sees no mask where there is one"
-    assert len({round(float(loss), 4) for loss in losses.values()}) == 1
+    assert max(map(float, losses.values())) - min(map(float, losses.values())) < 1e-4
 
 
 def test_packing_notices_a_mask_and_another_loss(tmp_path):
@@ -69,7 +69,8 @@ def test_trainer(tmp_path):
     data = run("trainer", tmp_path)
     for table in range(len(data["tables"])):
         losses = column(data, "mean loss", table)
-        assert abs(float(losses["transformers Trainer, padded"]) - float(losses["Polymodal, padded"])) < 2e-4
+        same = ("transformers Trainer, padded", "Polymodal, padded", "Polymodal, padded, padding computed")
+        assert max(float(losses[name]) for name in same) - min(float(losses[name]) for name in same) < 1e-3
 
 
 def test_loader(tmp_path):
@@ -129,4 +130,5 @@ def test_ratios_are_taken_round_by_round():
         harness.Row("fast", [1.0, 2.0, 4.0], [0.5] * 3, 10.0),
     )
     assert harness.ratios(fast, slow) == [2.0, 2.0, 2.0]
-    assert harness.ratio([slow, fast], "fast", "slow") == harness.cpu_ratio(fast, slow) == 2.0
+    assert harness.cpu_ratios(fast, slow) == [2.0, 2.0, 2.0]
+    assert harness.cpu_ratio([slow, fast], "fast", "slow") == 2.0

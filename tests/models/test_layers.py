@@ -236,8 +236,8 @@ def test_equal_lengths_share_one_attention_call(monkeypatch: pytest.MonkeyPatch)
         lambda q, *rest, **named: calls.append(tuple(q.shape)) or real(q, *rest, **named),
     )
     model = make(TransformerConfig(width=32, depth=1))
-    model(torch.randn(1, 11, 32), Layout.packed((3, 3, 3, 2), causal=True))
-    assert calls == [(3, 4, 3, 8), (1, 4, 2, 8)]
+    model(torch.randn(1, 10, 32), Layout.packed((3, 3, 3, 1), causal=True))
+    assert calls == [(3, 4, 3, 8), (1, 4, 1, 8)]
 
 
 def test_masks_appear_only_where_they_are_needed() -> None:
@@ -247,6 +247,36 @@ def test_masks_appear_only_where_they_are_needed() -> None:
     torch.testing.assert_close(Layout.padded(right, causal=False).mask[:, 0, 0], right)
     left = Layout.padded(right.flip(1), causal=True).mask
     assert left[0, 0].int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+
+
+def test_without_padding_gives_the_worked_example() -> None:
+    is_valid = torch.tensor([[True, True, False, False], [True, False, False, False], [False] * 4])
+    layout, index_N = Layout.padded(is_valid, causal=True).without_padding()
+    assert (layout.segment_lengths, index_N.tolist()) == ((1, 2), [4, 0, 1])
+    assert layout.positions_BT.tolist() == [[0, 0, 1]]
+    assert Layout.padded(is_valid, causal=False).without_padding() is None
+    assert Layout(causal=True).without_padding() is None
+    little = torch.arange(20) < torch.tensor([[20], [19]])
+    assert Layout.padded(little, causal=True).without_padding() is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("padding", ["right", "left", "holes"])
+def test_padding_is_not_computed_and_changes_nothing(name: str, padding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x_BTD = make(VARIANTS[name]), torch.randn(4, 12, 32)
+    is_valid = torch.arange(12) < torch.tensor([[12], [3], [1], [7]])
+    is_valid = {"right": is_valid, "left": is_valid.flip(1), "holes": torch.rand(4, 12) < 0.5}[padding]
+    is_valid[0] = True
+    layout = Layout.padded(is_valid, causal=True)
+    seen: list[int] = []
+    model.blocks[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[:2].numel()))
+    fast = model(x_BTD, layout)
+    monkeypatch.setattr("polymodal.models.layers.layout._MIN_PADDING", 1.0)
+    slow = model(x_BTD, layout)
+    assert seen == [int(is_valid.sum()), 48]
+    torch.testing.assert_close(fast[is_valid], slow[is_valid], atol=1e-5, rtol=1e-5)
+    assert not fast[~is_valid].any()
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "scaled"])
@@ -368,9 +398,10 @@ def test_dropout_acts_only_while_training() -> None:
 def test_initial_weights_have_the_stated_size() -> None:
     torch.manual_seed(0)
     block = Transformer(TransformerConfig(width=128, depth=8)).blocks[0]
-    assert block.attention.q_proj.weight.std().item() == pytest.approx(0.0176, rel=0.05)  # 0.02 cut at two deviations
-    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.0176 / 4, rel=0.05)
-    assert block.mlp.up_proj.weight.abs().max().item() <= 0.04
+    cut = 0.88  # what cutting at two deviations leaves of the deviation
+    assert block.attention.q_proj.weight.std().item() == pytest.approx(cut * 128**-0.5, rel=0.05)
+    assert block.mlp.down_proj.weight.std().item() == pytest.approx(cut * 512**-0.5 / 4, rel=0.05)
+    assert block.mlp.up_proj.weight.abs().max().item() <= 2 * 128**-0.5
     assert block.mlp.up_proj.bias.abs().max().item() == 0.0
 
 

@@ -1,0 +1,1 @@
+"""Data: sources, order, mixing, packing, loading, caches, importers, and the generated corpora."""

@@ -133,9 +133,7 @@ class Model:
                 vectors[rows] = self.engine.embed(views)[spaces[modality]][0]
         return vectors
 
-    def classify(
-        self, samples: Sequence[Sample], batch_size: int = 256
-    ) -> tuple[list[str], NDArray[np.float32]]:
+    def classify(self, samples: Sequence[Sample], batch_size: int = 256) -> tuple[list[str], NDArray[np.float32]]:
         """The class of each view set by the model's class head.
 
         Args:

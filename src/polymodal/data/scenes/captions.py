@@ -49,7 +49,7 @@ def facts(scene: Scene, medium: str) -> str:
     if medium == "sensor":
         return scene.motion
     if medium == "image":
-        return "; ".join(f"{t.size} {t.colour} {t.shape} {place(t)}" for t in _left_to_right(scene)) + _relation(scene)
+        return "; ".join(f"{place(t)} {t.size} {t.colour} {t.shape}" for t in _reading_order(scene)) + _relation(scene)
     things = sorted(zip(scene.things, scene.moves, strict=True), key=lambda pair: pair[0].shape)
     blinks = " ".join(scene.things[i].shape for i in scene.blinks)
     return "; ".join(f"{t.colour} {t.shape} {move or 'stays'}" for t, move in things) + f"; {blinks}"
@@ -61,8 +61,9 @@ def place(thing: Thing) -> str:
     return _PLACES[row][column]
 
 
-def _left_to_right(scene: Scene) -> list[Thing]:
-    return sorted(scene.things, key=lambda thing: thing.xy[0])
+def _reading_order(scene: Scene) -> list[Thing]:
+    """Row by row, each from the left: the order in which a picture's patches stand."""
+    return sorted(scene.things, key=lambda thing: (min(2, int(3 * thing.xy[1] / SIDE_PX)), thing.xy[0]))
 
 
 def _relation(scene: Scene) -> str:
@@ -78,7 +79,8 @@ def _and(items: list[str]) -> str:
 
 def _image(scene: Scene, words: random.Random) -> str:
     number = len(scene.things)
-    listed = _and([f"a {t.size} {t.colour} {t.shape} {place(t)}" for t in _left_to_right(scene)])
+    # The place comes first, so that each of the words that follow can be read off one part of the picture.
+    listed = _and([f"{place(t)} a {t.size} {t.colour} {t.shape}" for t in _reading_order(scene)])
     objects = f"{NUMBERS[number]} object" + ("s" if number > 1 else "")
     start = words.choice(
         (

@@ -63,7 +63,8 @@ class SensorPatch(Encoder):
         self.config = config
         separate = config.channels == "separate"
         self.patch_proj = nn.Linear(config.patch_size * (1 if separate else config.num_channels), config.width)
-        self.channel_codes = nn.Parameter(torch.randn(config.num_channels, config.width) * config.width**-0.5) if separate else None
+        codes = torch.randn(config.num_channels, config.width) * config.width**-0.5
+        self.channel_codes = nn.Parameter(codes) if separate else None
         self.transformer = Transformer(config.stack())
         initialise(self.patch_proj, 1)
 

@@ -7,6 +7,7 @@ from polymodal.models.encoders.audio_conv1d import AudioConv1dConfig
 from polymodal.models.encoders.audio_transformer import AudioTransformerConfig
 from polymodal.models.encoders.base import EncoderConfig
 from polymodal.models.encoders.cnn import CnnConfig
+from polymodal.models.encoders.cnn_temporal import CnnTemporalConfig
 from polymodal.models.encoders.frame_temporal import FrameTemporalConfig
 from polymodal.models.encoders.point_groups import PointGroupsConfig
 from polymodal.models.encoders.pointnet import PointnetConfig
@@ -26,6 +27,7 @@ ENCODERS: Table[EncoderConfig] = Table(
         AudioConv1dConfig,
         FrameTemporalConfig,
         TubeletConfig,
+        CnnTemporalConfig,
         PointGroupsConfig,
         PointnetConfig,
         SensorPatchConfig,

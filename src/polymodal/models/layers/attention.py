@@ -119,9 +119,9 @@ class Attention(nn.Module):
             out_BTD = self._join(self._attend(q_BTHK.transpose(1, 2), k, v, mask, False))
             return out_BTD if has_any_B is None else out_BTD * has_any_B[:, None, None]
         parts, segment = [], 0
-        queries = q_BTHK[0].split([count * length for count, length in layout.groups])
+        queries = torch.split(q_BTHK[0], [count * length for count, length in layout.groups])
         for (count, length), part in zip(layout.groups, queries, strict=True):
-            q = part.unflatten(0, (count, length)).transpose(1, 2)
+            q = part.view(count, length, *part.shape[1:]).transpose(1, 2)
             rows_of = slice(segment, segment + count)
             group_mask = None if mask is None else mask[rows_of]
             out = self._join(self._attend(q, k[rows_of], v[rows_of], group_mask, False))
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         # One split, whose backward is one cat: slicing would make a full-size gradient for every segment.
         sizes = [count * length for count, length in shapes]
         parts = []
-        for (count, length), q, k, v in zip(shapes, *(row.split(sizes) for row in rows), strict=True):
+        for (count, length), q, k, v in zip(shapes, *(torch.split(row, sizes) for row in rows), strict=True):
             q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in (q, k, v))
             parts.append(self._attend(q, k, v, None, step.is_causal).transpose(1, 2).reshape(count * length, -1))
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]

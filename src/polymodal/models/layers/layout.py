@@ -16,9 +16,10 @@ from torch import Tensor
 
 from polymodal.core.errors import ConfigError
 
-
 _MAX_WASTE = 1.125
 """A bucket may hold so many times its own tokens: a little padding costs less than many small attention calls."""
+_MIN_PADDING = 0.1
+"""The share of padding from which on taking it out costs less than computing it."""
 
 
 class Buckets(NamedTuple):
@@ -26,12 +27,12 @@ class Buckets(NamedTuple):
 
     Args:
         shapes: ``(segments, length)`` of each call, in order.
-        index: place of each padded token in the row, or None where nothing is padded.
+        gather: place of each padded token in the row, or None where nothing is padded.
         inverse: place of each token of the row among the padded ones.
     """
 
     shapes: tuple[tuple[int, int], ...]
-    index: Tensor | None
+    gather: Tensor | None
     inverse: Tensor | None
 
 
@@ -121,6 +122,28 @@ class Layout:
         parts = [torch.arange(length, device=device) for length in self.segment_lengths]
         return torch.cat(parts)[None]
 
+    def without_padding(self) -> tuple[Layout, Tensor] | None:
+        """The valid tokens alone, packed, rows in order of length so that neighbours share attention calls.
+
+        Worked example, rows ``[a b . .]`` and ``[c . . .]``: segments ``c`` and ``a b``, index ``[4 0 1]``.
+
+        Returns:
+            The packed layout, and the place ``[N]`` of each of its tokens in the flattened rows; None if little would
+            be gained, or the layout is bidirectional (there, only segments of equal length share a call).
+        """
+        if self.is_valid_BT is None or not self.causal:
+            return None
+        rows, tokens = self.is_valid_BT.shape
+        lengths: list[int] = self.is_valid_BT.sum(dim=1).tolist()
+        if not 0 < sum(lengths) <= (1 - _MIN_PADDING) * rows * tokens:
+            return None
+        device = self.is_valid_BT.device
+        order = torch.tensor(sorted(range(rows), key=lambda row: lengths[row]), device=device)
+        index_N = (order[:, None] * tokens + torch.arange(tokens, device=device))[self.is_valid_BT[order]]
+        positions_BT = self.positions(tokens, device).expand(rows, tokens)
+        kept = sorted(length for length in lengths if length)
+        return Layout.packed(kept, True, positions_BT.flatten()[index_N][None]), index_N
+
     @cached_property
     def groups(self) -> tuple[tuple[int, int], ...]:
         """Runs of equal-length segments as ``(count, length)``; each run is one batched attention call."""
@@ -134,7 +157,7 @@ class Layout:
         looks to the right, so no mask is needed and nothing leaks. Segments of a bidirectional layout share a call
         only if they are equally long.
 
-        Worked example, lengths ``(3, 2)`` causal: one call of 2 x 3, index ``[0 1 2 3 4 4]``, inverse ``[0 1 2 3 4]``.
+        Worked example, lengths ``(3, 2)`` causal: one call of 2 x 3, gather ``[0 1 2 3 4 4]``, inverse ``[0 1 2 3 4]``.
         """
         lengths = self.segment_lengths or ()
         if not self.causal:

@@ -157,6 +157,8 @@ class Transformer(nn.Module):
         layout.check(*x_BTD.shape[:2])
         if memory is not None and self.config.cross_width is None:
             raise ConfigError("found a memory, expected none: this transformer has no cross-attention; set cross_width")
+        if cache is None and memory is None and (valid := layout.without_padding()) is not None:
+            return self._unpadded(x_BTD, *valid)
         step = self.step(x_BTD, layout, cache)
         for layer in range(len(self.blocks)):
             x_BTD = self.run_block(layer, x_BTD, step, memory)
@@ -165,6 +167,12 @@ class Transformer(nn.Module):
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
         return x_BTD
+
+    def _unpadded(self, x_BTD: Tensor, layout: Layout, index_N: Tensor) -> Tensor:
+        """Run the stack over the valid tokens alone; padding comes out as zeros."""
+        x_ND = x_BTD.flatten(0, 1)
+        states_ND: Tensor = self(x_ND.index_select(0, index_N)[None], layout)[0]
+        return states_ND.new_zeros(x_ND.shape).index_copy(0, index_N, states_ND).view(x_BTD.shape)
 
     def new_cache(self, rows: int, max_tokens: int) -> KVCache:
         """An empty cache for this transformer, on its device, in its dtype."""

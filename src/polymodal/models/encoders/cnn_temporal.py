@@ -1,0 +1,120 @@
+"""A residual network over frames that looks at neighbouring frames between its stages.
+
+Legend: ``U`` videos, ``L`` frames, ``C`` channels, ``H`` and ``W`` of a grid, ``N`` features, ``D`` width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from polymodal.modalities.video import VideoReaderConfig
+from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, finish
+from polymodal.models.encoders.cnn import CHANNELS_LAST, ResidualBlock, group_norm
+from polymodal.models.layers.convolution import shortened, valid_mask
+
+
+class CnnTemporalConfig(EncoderConfig):
+    """A small (2+1)-dimensional residual network; features are the places of its last grids, in time order.
+
+    Every stage is a spatial residual block followed by a residual convolution over three neighbouring frames at each
+    place; stages after the first halve the grid and double the width, the last one also halves the number of frames.
+
+    Source: R(2+1)D, arXiv 1711.11248, section 3.5. Deviations: the temporal convolution is a residual branch of its
+    own; group norm per frame, so that neither padding nor other videos change a feature.
+    """
+
+    use: Literal["cnn_temporal"] = "cnn_temporal"
+    modality: ClassVar[str] = "video"
+    image_size: int = Field(default=64, ge=1)
+    """Side of a square frame in pixels."""
+    stages: int = Field(default=3, ge=1, le=6)
+    """Spatial stages; the last grid has ``image_size / 2 ** stages`` places along a side."""
+    num_frames: int = Field(default=8, ge=1)
+    """Frames that the default reader takes; the encoder itself takes any number."""
+
+    @model_validator(mode="after")
+    def _width_halves(self) -> Self:
+        if self.width % 2 ** (self.stages - 1):
+            raise ValueError(f"width {self.width} cannot be halved {self.stages - 1} times for the earlier stages")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Places along one side of the last grid."""
+        return shortened(self.image_size, 2**self.stages)
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """``(3, image_size, image_size)``: one frame."""
+        return (3, self.image_size, self.image_size)
+
+    def num_features(self, length: int) -> int:
+        """``ceil(length / 2)`` steps of ``grid ** 2`` places."""
+        return shortened(length, 2) * self.grid**2
+
+    def default_reader(self) -> VideoReaderConfig:
+        """Frames of this size."""
+        return VideoReaderConfig(num_frames=self.num_frames, size_px=self.image_size)
+
+    def build(self) -> CnnTemporal:
+        """The module."""
+        return CnnTemporal(self)
+
+
+class TemporalMix(nn.Module):
+    """``x + norm(conv over frames t-1, t, t+1)`` at each place; frames outside the video count as zeros.
+
+    Args:
+        channels: ``C``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3 * channels, channels, 1, bias=False)
+        self.norm = group_norm(channels)
+
+    def forward(self, x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
+        """Same shape; padding frames are zero before and after."""
+        x_ULCHW = x_ULCHW * is_valid_UL[:, :, None, None, None]
+        blank = x_ULCHW.new_zeros(x_ULCHW[:, :1].shape)
+        before, after = torch.cat((blank, x_ULCHW[:, :-1]), 1), torch.cat((x_ULCHW[:, 1:], blank), 1)
+        around = torch.cat((before, x_ULCHW, after), 2).flatten(0, 1).contiguous(memory_format=CHANNELS_LAST)
+        branch: Tensor = self.norm(self.conv(around)).relu()
+        mixed: Tensor = x_ULCHW + branch.view_as(x_ULCHW)
+        return mixed
+
+
+class CnnTemporal(Encoder):
+    """See :class:`CnnTemporalConfig`."""
+
+    config: CnnTemporalConfig
+
+    def __init__(self, config: CnnTemporalConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.width // 2 ** (config.stages - 1 - stage) for stage in range(config.stages)]
+        self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), group_norm(widths[0]), nn.ReLU())
+        inputs = [widths[0], *widths[:-1]]
+        self.spatial = nn.ModuleList(
+            ResidualBlock(inside, outside, 2 if stage else 1)
+            for stage, (inside, outside) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.temporal = nn.ModuleList(TemporalMix(width) for width in widths)
+
+    def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
+        """Encode videos ``[U, L, 3, S, S]``."""
+        self.require_shape(values)
+        num_videos, num_frames = values.shape[:2]
+        is_valid_UL = valid_mask(lengths_U, num_frames)
+        x = self.stem(values.flatten(0, 1).contiguous(memory_format=CHANNELS_LAST))
+        for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
+            x = spatial(x).unflatten(0, (num_videos, num_frames))
+            x = temporal(x, is_valid_UL).flatten(0, 1)
+        kept_ULCHW = x.unflatten(0, (num_videos, num_frames))[:, ::2]
+        is_kept_UL = is_valid_UL[:, ::2]
+        x_UND = kept_ULCHW.flatten(3).transpose(2, 3).flatten(1, 2)
+        return finish(x_UND, is_kept_UL.repeat_interleave(self.config.grid**2, dim=1))

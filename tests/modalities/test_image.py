@@ -135,7 +135,7 @@ def test_arrays_are_copied() -> None:
         (b"<html>Not Found</html>", UnsupportedMediaError, "web page"),
         ("/no/such/file.jpg", CorruptMediaError, "/no/such/file.jpg: cannot be read"),
         ("/tmp", CorruptMediaError, "not a regular file"),
-        ("a\0b", CorruptMediaError, "opening the file failed"),
+        ("a\0b", CorruptMediaError, "cannot be read"),
         (PIL.Image.new("F", (4, 4)), UnsupportedMediaError, "pixel mode 'F'"),
     ],
 )

@@ -55,8 +55,13 @@ def test_loss_and_gradients_of_every_parameter_alone_and_packed_agree(positions:
         assert close(packed[index], alone)
         expected = gradients(toy, alone)
         found = gradients(toy, sample_losses(toy, toy.batch(samples, packed=True))[index])
+        total = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
         for name, gradient in expected.items():
-            assert close(found[name], gradient), name
+            if name.endswith("k_proj.bias") and gradient.norm() <= 1e-6 * total:
+                # Without rotary codes one vector added to every key changes no softmax: the exact gradient is zero.
+                assert found[name].norm() <= 1e-6 * total, name
+            else:
+                assert close(found[name], gradient), name
         assert all(not found[name].any() for name in found.keys() - expected.keys())
 
 

@@ -100,7 +100,9 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-PLAIN = {"steps": 1, "optimizer": {"use": "adamw", "lr": 1.0e-3, "eps": 1.0}, "clip": None}
+# A rate of 0.1 makes updates of 1e-3 and more, so that a bound of 1e-7, a few last places of a float32 weight of size 1,
+# still sees a thousandth of one.
+PLAIN = {"steps": 1, "optimizer": {"use": "adamw", "lr": 0.1, "eps": 1.0}, "clip": None}
 
 
 @pytest.mark.parametrize("options", [1.0, {"average": "sample"}, {"weights": {"image": 3.0}}])
@@ -109,11 +111,11 @@ def test_accumulated_batches_count_as_one_batch_as_large(root: Path, tmp_path: P
     one = small_recipes.stage(objectives={"next_token": options}, **PLAIN)
     whole, whole_result = trained_weights(root, tmp_path / "a", one, [8])
     parts, parts_result = trained_weights(root, tmp_path / "b", {**one, "accumulate": 3}, [1, 5, 2])
-    assert largest_difference(whole, parts) < 1e-8, "eps = 1 makes the update proportional to the gradient"
+    assert largest_difference(whole, parts) < 1e-7, "eps = 1 makes the update proportional to the gradient"
     assert parts_result.losses["next_token"] == pytest.approx(whole_result.losses["next_token"], rel=1e-6)
     assert parts_result.num_tokens == whole_result.num_tokens and parts_result.num_samples == 8
     start = assembled(root, one).network.state_dict()
-    assert largest_difference(whole, start) > 1e-5, "the step did something"
+    assert largest_difference(whole, start) > 1e-3, "the step did something"
 
 
 def test_several_objectives_are_weighted_each_by_its_own_count(root: Path, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_several_objectives_are_weighted_each_by_its_own_count(root: Path, tmp_p
     one = small_recipes.stage(objectives=objectives, **PLAIN)
     whole, _ = trained_weights(root, tmp_path / "a", one, [6])
     parts, _ = trained_weights(root, tmp_path / "b", {**one, "accumulate": 2}, [1, 5])
-    assert largest_difference(whole, parts) < 1e-8
+    assert largest_difference(whole, parts) < 1e-7
 
 
 @pytest.mark.parametrize("kind", ["classify", "padded"])
@@ -130,7 +132,7 @@ def test_accumulation_weighs_padded_batches_and_labels_too(root: Path, tmp_path:
         one = small_recipes.stage(objectives={"next_token": {"average": "sample"}}, batch={"samples": 4}, **PLAIN)
         whole, _ = trained_weights(root, tmp_path / "a", one, [5])
         parts, _ = trained_weights(root, tmp_path / "b", {**one, "accumulate": 2}, [1, 4])
-        assert largest_difference(whole, parts) < 1e-8
+        assert largest_difference(whole, parts) < 1e-7
         return
     recipe = small_recipes.merge_recipe(root)
     for stream in recipe["model"]["streams"].values():
@@ -143,7 +145,7 @@ def test_accumulation_weighs_padded_batches_and_labels_too(root: Path, tmp_path:
         batches[-1].labels[-1] = None
         stage_run(parts, tmp_path / str(len(sizes)), batches).run()
         found.append(parts.network.state_dict())
-    assert largest_difference(found[0], found[1]) < 1e-8
+    assert largest_difference(found[0], found[1]) < 1e-7
 
 
 def test_gradient_caching_contrasts_all_micro_batches_as_one(root: Path, tmp_path: Path) -> None:

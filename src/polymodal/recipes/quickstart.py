@@ -55,7 +55,7 @@ class Sizes:
         searched: lines of ``views`` that search is measured on, a fifth of them of each medium.
     """
 
-    num_train: int = 4000
+    num_train: int = 6000
     num_val: int = 400
     num_novel: int = 200
     per_family: int = 100

@@ -100,7 +100,7 @@ def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Ten
     return max(float((left[name] - right[name]).abs().max()) for name in left)
 
 
-# A rate of 0.1 makes updates of 1e-3 and more, so that a bound of 1e-7, a few last places of a float32 weight of size 1,
+# A rate of 0.1 makes updates of 1e-3 and more, so that a bound of 1e-7, a few last places of a float32 weight near 1,
 # still sees a thousandth of one.
 PLAIN = {"steps": 1, "optimizer": {"use": "adamw", "lr": 0.1, "eps": 1.0}, "clip": None}
 

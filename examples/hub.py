@@ -101,7 +101,7 @@ def run_seed(folder: Path, seed: int, quick: bool) -> dict[str, float]:
     tests = make_data(folder, seed, quick)
     steps = ["stages.bind.steps=4"] if quick else []
     # The direct pairs have settled by then, and shuffled pairs have nothing to find.
-    short = steps or ["stages.bind.steps=120"]
+    short = steps or ["stages.bind.steps=100"]
     broken = [*short, "stages.bind.data.1=image_audio_shuffled.jsonl"]
     hub = train("hub.yaml", folder, "hub", seed, steps)
     direct = train("hub.yaml", folder, "direct", seed, [*short, *_pairs(DIRECT_PAIRS)])

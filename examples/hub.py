@@ -5,7 +5,7 @@ is what a sound (or a sensor recording) says about its thing by the nearest capt
 motion (4 classes). Controls: the same pairs trained directly; a hub whose image-audio pairs are shuffled; a model with
 random weights; and the blind hub: a still image holds no motion, so sensor and text stay strangers.
 
-    python examples/hub.py            # three seeds, about 4 minutes on one core
+    python examples/hub.py            # three seeds: 278 CPU seconds
 """
 
 from __future__ import annotations

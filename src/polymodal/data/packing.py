@@ -8,7 +8,7 @@ Shape legend: ``C`` capacity + 1.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -53,15 +53,19 @@ class FixedGroups:
 
     Args:
         samples: samples of a group; at least 1.
+        one_source: whether all samples of a group come from the same source.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, one_source: bool = False) -> None:
         self._samples = samples
+        self._one_source = one_source
         self._held: deque[Entry] = deque()
 
     @property
     def is_full(self) -> bool:
         """Whether a whole group is held."""
+        if self._one_source:
+            return max(Counter(entry.place[0] for entry in self._held).values(), default=0) >= self._samples
         return len(self._held) >= self._samples
 
     def add(self, entry: Entry) -> None:
@@ -69,8 +73,16 @@ class FixedGroups:
         self._held.append(entry)
 
     def take(self) -> list[Entry]:
-        """The oldest samples, at most one group; empty if nothing is held."""
-        return [self._held.popleft() for _ in range(min(self._samples, len(self._held)))]
+        """The oldest samples, at most one group (of the source that holds most); empty if nothing is held."""
+        if not self._one_source:
+            return [self._held.popleft() for _ in range(min(self._samples, len(self._held)))]
+        if not self._held:
+            return []
+        source = Counter(entry.place[0] for entry in self._held).most_common(1)[0][0]
+        taken = [entry for entry in self._held if entry.place[0] == source][: self._samples]
+        gone = {entry.place for entry in taken}
+        self._held = deque(entry for entry in self._held if entry.place not in gone)
+        return taken
 
     def held(self) -> list[Entry]:
         """The held samples, in the order they came."""

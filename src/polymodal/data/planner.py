@@ -31,6 +31,8 @@ class BatchSpec(Config):
     Args:
         tokens: the most tokens of a packed batch.
         samples: the samples of a padded batch; for a packed one the most samples (None: any number).
+        one_source: padded only: every batch comes from one source of the mix, so that contrast has negatives of its own
+            kind (task-homogeneous batches).
         buffer: packed only: how many planned samples are held for the choice of a pack.
         packed: follows from ``tokens`` and need not be given.
     """
@@ -39,6 +41,7 @@ class BatchSpec(Config):
     samples: int | None = Field(default=None, ge=1)
     buffer: int = Field(default=64, ge=1)
     packed: bool = False
+    one_source: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -53,6 +56,8 @@ class BatchSpec(Config):
             raise ValueError("a packed batch needs 'tokens', the size of a pack")
         if not self.packed and (self.samples is None or self.tokens is not None):
             raise ValueError("a padded batch needs 'samples' and no 'tokens'; give 'tokens' alone for packed batches")
+        if self.packed and self.one_source:
+            raise ValueError("'one_source' is for padded batches, found it beside 'tokens'")
         return self
 
     def grouper(self) -> Packer | FixedGroups:
@@ -60,7 +65,7 @@ class BatchSpec(Config):
         if self.tokens is not None:
             return Packer(self.tokens, self.buffer, self.samples)
         assert self.samples is not None
-        return FixedGroups(self.samples)
+        return FixedGroups(self.samples, self.one_source)
 
 
 @dataclass(slots=True)

@@ -6,19 +6,22 @@ Shape legend: ``B`` rows, ``T`` tokens, ``V`` vocabulary, ``E`` embedding width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from polymodal.core.batch import Plan
 from polymodal.core.errors import SampleError
+from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
 from polymodal.inference.prefix import PrefixCache, identity, suffix
 from polymodal.inference.sampling import Sampling, draw, make_generator
-from polymodal.modalities.processor import Processor
+from polymodal.modalities.processor import Processor, collate_units
+from polymodal.modalities.reader import checked_read
 from polymodal.models.backbones.decoder import batch_layout
 from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.layers.cache import KVCache
@@ -56,6 +59,21 @@ class Engine:
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.model.parameters()).device
+
+    @torch.inference_mode()
+    def features(self, stream: str, part: Part) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """An encoder's features ``[U, N, D]`` and pooled vectors ``[U, D]`` of one part, float32.
+
+        Raises:
+            MediaError: if the part cannot be used.
+        """
+        reader = self.processor.streams[stream].reader
+        batch = collate_units([checked_read(reader, part, reader.measure(part))], reader)
+        values = torch.from_numpy(batch.values).to(self.device)
+        found = self.model.encode(
+            stream, replace(batch, values=values, lengths=torch.from_numpy(batch.lengths).to(self.device))
+        )
+        return found.x_UND.float().cpu().numpy(), found.pooled_UD.float().cpu().numpy()
 
     @torch.inference_mode()
     def generate(self, samples: Sequence[Sample], sampling: Sampling, batch_size: int = 64) -> list[Generation]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,8 @@ from polymodal.modalities.text import ChatFormat, Tokenizer, chat_format, train_
 from polymodal.models.backbones.decoder import DecoderConfig
 from polymodal.models.compose import MultimodalModel
 from polymodal.models.entries.table import SequenceEntry
+from polymodal.models.weights.assign import no_weights
+from polymodal.recipes.published import Published, fill_sources
 from polymodal.recipes.schema import Recipe
 
 _TOKENIZER_SAMPLES = 20_000
@@ -37,17 +40,39 @@ class Assembly:
     network: MultimodalModel
 
 
-def assemble(recipe: Recipe, tokenizer: Tokenizer | None = None) -> Assembly:
-    """Build everything that a recipe describes, with random weights drawn from its seed.
+def assemble(recipe: Recipe, tokenizer: Tokenizer | None = None, *, with_sources: bool = True) -> Assembly:
+    """Build everything that a recipe describes, with random weights drawn from its seed, or from ``recipe.sources``.
 
     Args:
         recipe: the recipe.
         tokenizer: the tokenizer of an existing run; None makes the recipe's own.
+        with_sources: whether parts with a source get its weights; not needed where all weights are read next.
     """
     tokenizer = tokenizer or make_tokenizer(recipe)
     torch.manual_seed(recipe.seed)
     network = MultimodalModel(recipe.model, tokenizer.size)
+    if with_sources and recipe.sources:
+        fill_sources(network, recipe.sources)
     return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer), network)
+
+
+def load_published(source: str | os.PathLike[str]) -> Assembly:
+    """The model of a published checkpoint, its weights mapped from the file and not copied where they are float32.
+
+    Args:
+        source: a checkpoint folder or a hub id.
+
+    Raises:
+        CheckpointError: if files are missing or damaged, or tensors are missing or unknown.
+        ConfigError: if the architecture has no native form.
+    """
+    published = Published(source)
+    recipe = Recipe(name=published.folder.path.name, model=published.model)
+    tokenizer = make_tokenizer(recipe)
+    with no_weights():
+        network = MultimodalModel(recipe.model, tokenizer.size)
+    published.fill(network)
+    return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer), network.float())
 
 
 def recipe_chat(recipe: Recipe) -> ChatFormat | None:
@@ -67,7 +92,7 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     controls = chat.controls if chat else ()
     if config.path is not None:
         return Tokenizer.load(config.path, controls)
-    if not _reads_text(recipe):
+    if not reads_text(recipe):
         # Bytes alone: nothing will be encoded, and a run folder holds a tokenizer whatever its model reads.
         return train_bpe([], config.vocab_size, controls)
     texts = list(training_texts(recipe))
@@ -76,7 +101,7 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     return train_bpe(texts, config.vocab_size, controls)
 
 
-def _reads_text(recipe: Recipe) -> bool:
+def reads_text(recipe: Recipe) -> bool:
     """Whether any part of the model takes token ids."""
     model = recipe.model
     return isinstance(model.backbone, DecoderConfig) or any(s.modality == "text" for s in model.streams.values())

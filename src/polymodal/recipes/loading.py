@@ -50,7 +50,18 @@ def load_recipe(recipe: str | os.PathLike[str] | dict[str, Any] | Recipe, overri
                 raise ConfigError(f"{recipe}: is no file, and {unknown('preset', recipe, preset_names())}")
             path = PRESETS / f"{os.fspath(recipe)}.yaml"
         data, where = load_yaml(_read(path), str(recipe)), str(recipe)
-    return Recipe.parse(apply_overrides(data, overrides), where)
+    data = apply_overrides(data, overrides)
+    if _names_checkpoints(data.get("model")):
+        # Only recipes that take parts of published checkpoints pay for reading them.
+        from polymodal.recipes.published import resolve
+
+        data = resolve(data)
+    return Recipe.parse(data, where)
+
+
+def _names_checkpoints(value: Any) -> bool:
+    """Whether ``from`` stands anywhere in a model's data."""
+    return isinstance(value, dict) and ("from" in value or any(_names_checkpoints(item) for item in value.values()))
 
 
 def _read(path: Path) -> str:

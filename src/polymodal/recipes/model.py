@@ -19,8 +19,12 @@ from polymodal.inference.engine import Engine, Generation
 from polymodal.inference.sampling import Sampling
 from polymodal.modalities.text import Tokenizer, TokenStream
 from polymodal.models.heads.table import ClassConfig, ProjectionHead
-from polymodal.recipes.assemble import Assembly, assemble
+from polymodal.models.presets import Vocabulary
+from polymodal.models.weights.assign import wanted_names
+from polymodal.models.weights.folder import CONFIG
+from polymodal.recipes.assemble import Assembly, assemble, load_published, reads_text
 from polymodal.recipes.loading import load_recipe
+from polymodal.recipes.published import export_hub
 from polymodal.safety.checks import check_input
 from polymodal.training.weights import read_weights
 
@@ -51,6 +55,19 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartFeatures:
+    """An encoder's view of one part.
+
+    Args:
+        features: float32 ``[U, N, D]``: of each unit (tile, clip) its features; rows of padding are zero.
+        pooled: float32 ``[U, D]``: one vector per unit.
+    """
+
+    features: NDArray[np.float32]
+    pooled: NDArray[np.float32]
 
 
 class Model:
@@ -157,9 +174,50 @@ class Model:
         probabilities_SC = np.concatenate([*chances, np.zeros((0, len(classes)), np.float32)])
         return [classes[index] for index in probabilities_SC.argmax(1)], probabilities_SC
 
+    def features(self, parts: Sequence[Part | str], stream: str | None = None) -> list[PartFeatures]:
+        """What the encoders make of parts, one result per part.
+
+        Args:
+            parts: media, or texts for a model with a text stream.
+            stream: which stream's encoder; None takes the first of the part's modality.
+
+        Raises:
+            SampleError: if no stream takes a part's modality.
+        """
+        return [self._features(Text(part) if isinstance(part, str) else part, stream) for part in parts]
+
+    def _features(self, part: Part, stream: str | None) -> PartFeatures:
+        streams = self.recipe.model.streams
+        fitting = [n for n, s in streams.items() if s.modality == part.modality and stream in (None, n)]
+        if not fitting:
+            raise SampleError(getattr(part, "name", part.modality), f"is {part.modality}, no stream takes it")
+        return PartFeatures(*self.engine.features(fitting[0], part))
+
     def logits(self, parts: Sequence[Part | str]) -> NDArray[np.float32]:
         """Logits over the fused sequence of one user turn and the opening of its answer, float32 ``[T, V]``."""
         return np.asarray(self.engine.logits(_turn(tuple(parts), ())).cpu().numpy(), dtype=np.float32)
+
+    def export(self, out: str | os.PathLike[str], architecture: str | None = None) -> str:
+        """Write the model as a checkpoint folder that the reference library and common servers read.
+
+        Args:
+            out: a new or empty folder.
+            architecture: the published layout; None takes the first that says everything about this model.
+
+        Returns:
+            The architecture's name.
+
+        Raises:
+            ConfigError: if no published layout holds this model, saying why for each.
+            CheckpointError: if ``out`` is not empty.
+        """
+        tensors = self.network.state_dict()
+        unique = {name: tensors[name] for name in wanted_names(self.network)}
+        vocabulary = Vocabulary(self.tokenizer.size, self.tokenizer.controls)
+        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture)
+        if reads_text(self.recipe):
+            self.tokenizer.save(Path(out) / TOKENIZER)
+        return name
 
     def _stream(self, sample: Sample, sampling: Sampling, generation: Generation) -> Iterator[str]:
         verdict = check_input(sample)
@@ -191,22 +249,26 @@ def _without_answer(sample: Sample) -> Sample:
 
 
 def load(path: str | os.PathLike[str], device: str | None = None) -> Model:
-    """The model of a run folder.
+    """The model of a run folder or of a published checkpoint.
 
     Args:
-        path: the folder that ``polymodal train`` or ``quickstart`` wrote.
+        path: the folder that ``polymodal train`` or ``quickstart`` wrote, a checkpoint folder as model hubs lay it out,
+            or a hub id.
         device: ``cpu`` or ``cuda``; None takes the recipe's choice.
 
     Raises:
-        CheckpointError: if the folder is not a finished run, or its weights do not match its recipe.
+        CheckpointError: if the folder is neither, or its weights do not match its recipe or config.
+        ConfigError: if a published architecture has no native form.
     """
     folder = Path(path)
+    if not (folder / RECIPE).is_file() and ((folder / CONFIG).is_file() or not folder.exists()):
+        return Model(load_published(path), device)
     missing = [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: is not a run folder: {', '.join(missing)} missing; expected what 'polymodal train' leaves there"
         )
     recipe = load_recipe(folder / RECIPE)
-    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER))
+    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER), with_sources=False)
     read_weights(parts.network, folder / WEIGHTS)
     return Model(parts, device)

@@ -18,6 +18,18 @@ from polymodal.training.precision import ComputeConfig
 from polymodal.training.stage import StageConfig
 
 
+class PartSource(Config):
+    """Where a part's first weights come from.
+
+    Args:
+        folder: a checkpoint folder, or a run folder's parts by the same paths.
+        part: the part's path within that checkpoint's own model (``streams.image.encoder``).
+    """
+
+    folder: str
+    part: str
+
+
 class Recipe(Config):
     """A complete run."""
 
@@ -37,6 +49,9 @@ class Recipe(Config):
     """Share of unusable samples above which a run stops."""
     keep_last: PositiveInt = 2
     """Checkpoints kept besides the best."""
+    sources: dict[str, PartSource] = Field(default_factory=dict)
+    """Per part (``streams.image.encoder``, ``backbone``), the checkpoint that its first weights come from; filled in
+    where a part says ``from``."""
     tensorboard: bool = False
     """Write TensorBoard logs into the run folder (extra ``log``)."""
 

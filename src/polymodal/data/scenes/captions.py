@@ -55,6 +55,17 @@ def facts(scene: Scene, medium: str) -> str:
     return "; ".join(f"{t.colour} {t.shape} {move or 'stays'}" for t, move in things) + f"; {blinks}"
 
 
+def object_name(scene: Scene, medium: str) -> str:
+    """What the one thing of a scene is, in a picture or in a video; its place is left out.
+
+    A name has nothing in it but what tells kinds of things apart, so that contrast between names needs every word.
+    """
+    thing, move = scene.things[0], scene.moves[0]
+    if medium == "image":
+        return f"A {thing.size} {thing.colour} {thing.shape}."
+    return f"A {thing.colour} {thing.shape} moves {move}."
+
+
 def place(thing: Thing) -> str:
     """Where a thing stands, by thirds of the picture."""
     column, row = (min(2, int(3 * value / SIDE_PX)) for value in thing.xy)

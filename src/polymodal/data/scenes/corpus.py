@@ -21,19 +21,22 @@ from polymodal.core.config import unknown
 from polymodal.core.errors import DataError
 from polymodal.core.parts import Media, Part, Text, media_part
 from polymodal.core.samples import Message, Sample, sample_to_json
-from polymodal.data.scenes.captions import MEDIA, REQUESTS, caption, facts
-from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, make_scene
+from polymodal.data.scenes.captions import MEDIA, REQUESTS, caption, facts, object_name
+from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
 from polymodal.data.scenes.questions import FAMILIES, Question, questions
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
-FILES = ("views", "hub", "captions", "questions", "dialogues", "text")
+FILES = ("views", "objects", "hub", "captions", "questions", "dialogues", "text")
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
-VERSION = 2
+VERSION = 3
 """Raised whenever the same seed gives other files."""
+
+ALONE = ("image", "video")
+"""The media that show one thing alone in ``objects``."""
 
 _EXTENSIONS = {"image": "png", "audio": "wav", "video": "gif", "points": "ply", "sensor": "csv"}
 _RENDERERS: dict[str, Callable[[Scene], bytes]] = {
@@ -65,9 +68,11 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and six JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and seven JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
+    - ``objects``: two lines per scene: one of its things alone, as a picture and as a video, with its name; ``label`` is
+      the name;
     - ``hub``: one line per scene: picture, sound, video and the picture's caption;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
@@ -169,8 +174,8 @@ def _write_splits(
     """Write media and lines of every split; returns how often each answer stands, per split and family."""
     tasks = []
     for split, number in counts.items():
-        for medium in MEDIA:
-            (root / split / "media" / medium).mkdir(parents=True, exist_ok=True)
+        for folder in (*MEDIA, *(f"object_{medium}" for medium in ALONE)):
+            (root / split / "media" / folder).mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (root / split / f"{name}.jsonl").write_bytes(b"")
         for start in range(0, number, _CHUNK):
@@ -202,6 +207,9 @@ def _write_chunk(task: tuple[str, int, str, range, tuple[str, ...]]) -> tuple[Li
         for medium, render in _RENDERERS.items():
             with open(os.path.join(folder, _path(scene, medium)), "wb") as file:
                 file.write(render(scene))
+        for medium in ALONE:
+            with open(os.path.join(folder, _path(scene, medium, "object_")), "wb") as file:
+                file.write(_RENDERERS[medium](alone(scene)))
         for name, sample in (
             *scene_samples(scene, families),
             *text_samples(make_scene(seed, f"{split}-text", index), families),
@@ -212,8 +220,8 @@ def _write_chunk(task: tuple[str, int, str, range, tuple[str, ...]]) -> tuple[Li
     return lines, counted, len(indices)
 
 
-def _path(scene: Scene, medium: str) -> str:
-    return f"media/{medium}/{scene.index:06d}.{_EXTENSIONS[medium]}"
+def _path(scene: Scene, medium: str, prefix: str = "") -> str:
+    return f"media/{prefix}{medium}/{scene.index:06d}.{_EXTENSIONS[medium]}"
 
 
 def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> Iterator[tuple[str, Sample]]:
@@ -228,6 +236,15 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "views", Sample(f"{name}-{medium}", views=views, label=facts(scene, medium), meta=meta)
         request = words.choice(REQUESTS[medium])
         yield "captions", _turn(f"{name}-{medium}-caption", [part[medium]], request, told[medium], meta)
+    single = alone(scene)
+    for medium in ALONE:
+        called = object_name(single, medium)
+        shown: dict[str, Part] = {
+            medium: media_part(medium, Path(_path(scene, medium, "object_"))),
+            "text": Text(called),
+        }
+        meta = {"modality": medium, "scene": scene.index}
+        yield "objects", Sample(f"{name}-{medium}-object", views=shown, label=called, meta=meta)
     views = {**{medium: part[medium] for medium in ("image", "audio", "video")}, "text": Text(told["image"])}
     yield "hub", Sample(f"{name}-hub", views=views, meta={"scene": scene.index})
     asked = questions(scene, families, words)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -191,6 +191,18 @@ def make_scene(seed: int, stream: str, index: int) -> Scene:
         counted_colour=counted,
         solid=(SOLIDS[pick("solid", 5)], SIZES[pick("solid_size", 2)], rng.choice(tuple(COLOURS))),
         motion=MOTIONS[pick("motion", 6)],
+    )
+
+
+def alone(scene: Scene) -> Scene:
+    """The scene with its first thing only: what it is and how it moves stay as they are."""
+    return replace(
+        scene,
+        things=scene.things[:1],
+        moves=scene.moves[:1],
+        blinks=(0,),
+        relation=None,
+        compared=None,
     )
 
 

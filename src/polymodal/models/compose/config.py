@@ -88,13 +88,14 @@ class ModelConfig(Config):
 
     streams: dict[str, StreamConfig] = Field(default_factory=dict)
     backbone: BACKBONES.field()  # type: ignore[valid-type]
-    heads: dict[str, HEADS.field()]  # type: ignore[valid-type]
+    heads: dict[str, HEADS.field()] = Field(default_factory=dict)  # type: ignore[valid-type]
+    """What is read out; none for an encoder that is used for its features."""
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     @model_validator(mode="after")
     def _agree(self) -> ModelConfig:
-        if not self.heads:
-            raise ValueError("heads: expected at least one; a model without a head has nothing to learn or to give")
+        if not self.heads and not isinstance(self.backbone, NoBackboneConfig):
+            raise ValueError("heads: expected at least one; a backbone without a head has nothing to learn or to give")
         for name, stream in self.streams.items():
             self._check_backbone(f"streams.{name} enters by {stream.enters.use!r}, which", stream.enters.use)
         for name, head in self.heads.items():

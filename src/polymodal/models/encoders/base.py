@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +17,10 @@ from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
 from polymodal.modalities.reader import ReaderConfig
 from polymodal.models.layers import Activation, TransformerConfig
+
+
+Pool = Literal["mean", "max"]
+"""How valid features become one vector, per channel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +136,13 @@ def finish(x_UND: Tensor, is_valid_UN: Tensor, pooled_UD: Tensor | None = None) 
     if pooled_UD is None:
         pooled_UD = x_UND.sum(dim=1) / is_valid_UN.sum(dim=1, keepdim=True).clamp(min=1)
     return Features(x_UND, is_valid_UN, pooled_UD)
+
+
+def pool_max(x_UND: Tensor, is_valid_UN: Tensor) -> Tensor:
+    """The largest value of each channel over valid features ``[U, D]``; zeros for a unit without any."""
+    least = torch.finfo(x_UND.dtype).min
+    pooled_UD = x_UND.masked_fill(~is_valid_UN[..., None], least).amax(dim=1)
+    return pooled_UD.masked_fill(~is_valid_UN.any(dim=1, keepdim=True), 0.0)
 
 
 def all_valid(x_UND: Tensor, pooled_UD: Tensor | None = None) -> Features:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from polymodal.modalities.image import ImageReaderConfig
-from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, all_valid
+from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, all_valid
 from polymodal.models.layers.convolution import shortened
 from polymodal.models.layers.positions import sincos_2d
 
@@ -33,6 +33,9 @@ class CnnConfig(EncoderConfig):
     """Side of the square image in pixels."""
     blocks: tuple[int, ...] = Field(default=(1, 1, 1), min_length=1)
     """Residual blocks of each stage."""
+    pool: Pool = "max"
+    """How the places of the grid become the pooled vector. ``max`` by default: a small object is on few places, and a
+    mean over all of them hides it from objectives on the pooled vector (``docs/log.md``)."""
 
     @model_validator(mode="after")
     def _width_halves(self) -> Self:
@@ -115,7 +118,7 @@ class Cnn(Encoder):
         self.require_shape(values, ragged=False)
         x = self.stem(values.contiguous(memory_format=CHANNELS_LAST))
         x_UND = self.final_norm(self.stages(x).flatten(2).transpose(1, 2)) + self.positions_ND
-        return all_valid(x_UND)
+        return all_valid(x_UND, x_UND.amax(dim=1) if self.config.pool == "max" else None)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -12,8 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from polymodal.modalities.video import VideoReaderConfig
-from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, finish
+from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, finish, pool_max
 from polymodal.models.encoders.cnn import CHANNELS_LAST, ResidualBlock, group_norm
+from polymodal.models.layers import sincos_2d
 from polymodal.models.layers.convolution import shortened, valid_mask
 
 
@@ -35,11 +36,15 @@ class CnnTemporalConfig(EncoderConfig):
     """Spatial stages; the last grid has ``image_size / 2 ** stages`` places along a side."""
     num_frames: int = Field(default=8, ge=1)
     """Frames that the default reader takes; the encoder itself takes any number."""
+    pool: Pool = "max"
+    """How features become the pooled vector; ``max`` keeps what few places show."""
 
     @model_validator(mode="after")
     def _width_halves(self) -> Self:
         if self.width % 2 ** (self.stages - 1):
             raise ValueError(f"width {self.width} cannot be halved {self.stages - 1} times for the earlier stages")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, which the codes of rows and columns need")
         return self
 
     @property
@@ -92,6 +97,7 @@ class CnnTemporal(Encoder):
     """See :class:`CnnTemporalConfig`."""
 
     config: CnnTemporalConfig
+    positions_ND: Tensor
 
     def __init__(self, config: CnnTemporalConfig) -> None:
         super().__init__()
@@ -104,6 +110,9 @@ class CnnTemporal(Encoder):
             for stage, (inside, outside) in enumerate(zip(inputs, widths, strict=True))
         )
         self.temporal = nn.ModuleList(TemporalMix(width) for width in widths)
+        # As in the image network: centred features of one size that know their place.
+        self.final_norm = nn.LayerNorm(config.width)
+        self.register_buffer("positions_ND", sincos_2d(config.grid, config.grid, config.width), persistent=False)
 
     def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
         """Encode videos ``[U, L, 3, S, S]``."""
@@ -116,5 +125,7 @@ class CnnTemporal(Encoder):
             x = temporal(x, is_valid_UL).flatten(0, 1)
         kept_ULCHW = x.unflatten(0, (num_videos, num_frames))[:, ::2]
         is_kept_UL = is_valid_UL[:, ::2]
-        x_UND = kept_ULCHW.flatten(3).transpose(2, 3).flatten(1, 2)
-        return finish(x_UND, is_kept_UL.repeat_interleave(self.config.grid**2, dim=1))
+        x_ULND = self.final_norm(kept_ULCHW.flatten(3).transpose(2, 3)) + self.positions_ND
+        is_valid_UN = is_kept_UL.repeat_interleave(self.config.grid**2, dim=1)
+        x_UND = x_ULND.flatten(1, 2)
+        return finish(x_UND, is_valid_UN, pool_max(x_UND, is_valid_UN) if self.config.pool == "max" else None)

@@ -1,0 +1,188 @@
+"""A checkpoint folder as model hubs lay it out: configs as JSON, tensors memory-mapped and read when asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from polymodal.core.errors import CheckpointError
+
+CONFIG = "config.json"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""File names in order of preference; each may be sharded, with an index beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubConfigs:
+    """The JSON files of a folder; {} for one that is not there.
+
+    Args:
+        config: ``config.json``.
+        preprocessor: ``preprocessor_config.json`` (or what ``processor_config.json`` holds in its place).
+        processor: ``processor_config.json``.
+        generation: ``generation_config.json``.
+        tokenizer: ``tokenizer_config.json``.
+        folder: where they lie; None for configs that were never on a disk (published sizes).
+    """
+
+    config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def model_type(self) -> str:
+        """What ``config.json`` calls the architecture."""
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of the reference library that wrote it (``architectures``)."""
+        return tuple(self.config.get("architectures") or ())
+
+
+class HubFolder:
+    """A local checkpoint folder.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        CheckpointError: if it holds no readable ``config.json``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not (self.path / CONFIG).is_file():
+            raise CheckpointError(
+                f"{self.path}: holds no {CONFIG}; expected a checkpoint folder as model hubs lay it out, "
+                "or a run folder"
+            )
+        processor = self._json("processor_config.json")
+        preprocessor = self._json("preprocessor_config.json")
+        if not preprocessor:
+            nested = [processor.get(key) for key in ("image_processor", "feature_extractor")]
+            preprocessor = next((part for part in nested if isinstance(part, dict)), {})
+        self.configs = HubConfigs(
+            self._json(CONFIG),
+            preprocessor,
+            processor,
+            self._json("generation_config.json"),
+            self._json("tokenizer_config.json"),
+            self.path,
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        if not path.is_file():
+            return {}
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: is not readable JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path}: found {type(data).__name__}, expected a JSON object")
+        return data
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights by stored name, each read from the mapped file when it is looked up.
+
+        Raises:
+            CheckpointError: if there are none, or a file is damaged.
+        """
+        for name in _WEIGHTS:
+            index = self.path / f"{name}.index.json"
+            if (self.path / name).is_file():
+                return _open([self.path / name])
+            if index.is_file():
+                return self._sharded(index)
+        raise CheckpointError(
+            f"{self.path}: holds no weights; expected {' or '.join(_WEIGHTS)}, or shards with an .index.json"
+        )
+
+    def _sharded(self, index: Path) -> Mapping[str, Tensor]:
+        files = self._json(index.name).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise CheckpointError(f"{index}: has no 'weight_map' from tensor to file")
+        shards = sorted(set(files.values()))
+        # A shard's name comes from the checkpoint: it may not lead out of the folder.
+        bad = [name for name in shards if Path(name).name != name]
+        absent = [name for name in shards if not bad and not (self.path / name).is_file()]
+        if bad or absent:
+            what = f"names {bad[0]!r}, expected a plain file name" if bad else f"names {absent[0]}, which is missing"
+            raise CheckpointError(f"{index}: {what}")
+        tensors = _open([self.path / name for name in shards])
+        missing = sorted(set(files) - set(tensors))
+        if missing:
+            raise CheckpointError(f"{index}: names {missing[0]}, which is in none of its {len(shards)} files")
+        return tensors
+
+
+def _open(paths: list[Path]) -> Mapping[str, Tensor]:
+    if paths[0].suffix == ".bin":
+        merged: dict[str, Tensor] = {}
+        for path in paths:
+            merged.update(_read_bin(path))
+        return merged
+    return MappedTensors(paths)
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    """A pickled file by the loader that runs no code, its tensors mapped."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001  (the loader raises whatever a damaged or hostile file provokes)
+        raise CheckpointError(
+            f"{path}: cannot be read without running code from it: {error}; convert it to safetensors"
+        ) from None
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise CheckpointError(f"{path}: found {type(data).__name__}, expected tensors by name")
+    return data
+
+
+class MappedTensors(Mapping[str, Tensor]):
+    """The tensors of safetensors files; a lookup maps one, and its pages are read when it is used.
+
+    Args:
+        paths: the files.
+
+    Raises:
+        CheckpointError: if one is damaged, or two hold the same name.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = self._stack.enter_context(safe_open(path, framework="pt"))
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+            twice = [name for name in names if name in self._files]
+            if twice:
+                raise CheckpointError(f"{path}: holds {twice[0]}, which another file of the checkpoint holds too")
+            self._files.update(dict.fromkeys(names, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

@@ -1,0 +1,277 @@
+"""Published checkpoints: whole models from a folder, parts of recipes ``from`` a folder, and export.
+
+A recipe takes any part of any checkpoint by naming the folder where the part's config would stand::
+
+    streams:
+      image: {modality: image, encoder: {from: openai/clip-vit-large-patch14-336, layer: -2}, ...}
+    backbone: {from: lmsys/vicuna-7b-v1.5}
+
+The part's config is filled in from the checkpoint, other keys beside ``from`` override it, and the recipe remembers the
+source of its weights in ``sources``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from polymodal.core.config import Config
+from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
+from polymodal.models.compose.config import ModelConfig
+from polymodal.models.presets import ARCHITECTURES, Architecture, Vocabulary, find_architecture
+from polymodal.models.weights import HubConfigs, HubFolder
+from polymodal.models.weights.assign import assign, materialise, wanted_names, without_memory
+from polymodal.recipes.schema import PartSource
+
+
+class Published:
+    """A checkpoint folder read as a model of ours.
+
+    Args:
+        source: a folder, or a hub id, which is fetched.
+
+    Raises:
+        CheckpointError: if there is no such folder, or its files are damaged.
+        ConfigError: if its architecture has no native form.
+    """
+
+    def __init__(self, source: str | os.PathLike[str]) -> None:
+        self.folder = HubFolder(find_folder(source))
+        self.architecture: Architecture = find_architecture(self.folder.configs)
+        self.model: ModelConfig = self.architecture.model(self.folder.configs)
+
+    def part(self, path: str, role: str) -> str:
+        """The checkpoint's part that fits a place of a recipe: the same path, or the only one of its role.
+
+        Raises:
+            ConfigError: if there is none, or several.
+        """
+        offers = list(_parts(self.model))
+        if path in offers:
+            return path
+        fitting = [name for name in offers if name.split(".")[-1] == role or name.split(".")[0] == role]
+        if len(fitting) != 1:
+            raise ConfigError(
+                f"{path}: found {fitting or 'nothing'} of the role {role!r} in {self.folder.path}, expected one; its "
+                f"parts: {offers}. Write from: {{folder: ..., part: ...}}"
+            )
+        return fitting[0]
+
+    def config(self, part: str) -> Config:
+        """The config of one part."""
+        value: Any = self.model
+        for key in part.split("."):
+            value = value[key] if isinstance(value, Mapping) else getattr(value, key, None)
+        if not isinstance(value, Config):
+            raise ConfigError(f"{self.folder.path}: has no part {part!r}; its parts: {list(_parts(self.model))}")
+        return value
+
+    def fill(self, network: nn.Module, at: str = "", part: str = "") -> None:
+        """Put the checkpoint's weights into ``network``, without a copy.
+
+        Args:
+            network: whose names below ``at`` are those of the checkpoint's model below ``part``.
+            at: path of the part in the network; "" for all of it.
+            part: its path in the checkpoint's model.
+
+        Raises:
+            CheckpointError: if a tensor is missing, has another shape, or (for a whole model) is not known.
+        """
+        stored, where = self.folder.tensors, str(self.folder.path)
+        table = self.architecture.names(self.model, list(stored))
+        own = {part + name[len(at) :]: name for name in wanted_names(network) if _below(name, at)}
+        loaded = table.load(own, stored, where)
+        if not at:
+            unknown = table.unknown(network.state_dict(), list(stored))
+            if unknown:
+                more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+                raise CheckpointError(
+                    f"{where}: {len(unknown)} tensor(s) unknown to {self.architecture.name}: "
+                    f"{', '.join(unknown[:6])}{more}; the file is of another architecture than config.json names"
+                )
+        assign(network, {own[name]: tensor for name, tensor in loaded.items()}, where)
+        absent = [name for name in without_memory(network) if _below(name, at)]
+        materialise(network, absent)
+
+
+def _below(name: str, path: str) -> bool:
+    return not path or name == path or name.startswith(path + ".")
+
+
+def _parts(model: ModelConfig) -> Iterator[str]:
+    for name, stream in model.streams.items():
+        yield f"streams.{name}.encoder"
+        if stream.connector is not None:
+            yield f"streams.{name}.connector"
+    if model.backbone.use != "none":
+        yield "backbone"
+    yield from (f"heads.{name}" for name in model.heads)
+
+
+def find_folder(source: str | os.PathLike[str]) -> Path:
+    """The local folder of a source: itself, or the hub's snapshot of that id.
+
+    Raises:
+        CheckpointError: if it is neither, or cannot be fetched.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    name = os.fspath(source)
+    if path.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        raise CheckpointError(
+            f"{name}: there is no such folder; expected one, or a hub id such as openai/clip-vit-base"
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtraError("huggingface_hub", "hub", f"fetching {name}") from None
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # noqa: BLE001  (network, permission and naming errors of many kinds)
+        raise CheckpointError(f"{name}: is no folder here and could not be fetched: {error}") from None
+
+
+def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's data with every ``from`` replaced by the config it stands for; ``sources`` remembers them.
+
+    Raises:
+        ConfigError: if a part is not in the checkpoint, or contradicts it.
+        CheckpointError: if a checkpoint cannot be read.
+    """
+    data = copy.deepcopy(dict(data))
+    model = data.get("model")
+    if not isinstance(model, dict):
+        return data
+    sources: dict[str, Any] = dict(data.get("sources") or {})
+    read: dict[str, Published] = {}
+    for path, role, holder, key in _places(model):
+        value = holder[key]
+        if not isinstance(value, dict) or "from" not in value:
+            continue
+        source = value.pop("from")
+        folder = source["folder"] if isinstance(source, dict) else str(source)
+        published = read.setdefault(folder, Published(folder))
+        part = published.part(path, role) if not isinstance(source, dict) else source["part"]
+        found = published.config(part).to_data()
+        if value.get("use", found["use"]) != found["use"]:
+            raise ConfigError(f"{path}: found use: {value['use']}, {folder} holds {found['use']!r}; leave 'use' out")
+        holder[key] = {**found, **value}
+        sources[path] = {"folder": folder, "part": part}
+        if role == "encoder":
+            theirs = published.model.streams[part.split(".")[1]]
+            holder.setdefault("modality", theirs.modality)
+            if theirs.reader is not None:
+                holder.setdefault("reader", theirs.reader.to_data())
+        if role == "backbone":
+            model.setdefault("tokenizer", published.model.tokenizer.to_data())
+    if sources:
+        data["sources"] = sources
+    return data
+
+
+def _places(model: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str]]:
+    """(path, role, mapping, key) of everything in a model that may have a source."""
+    for name, stream in (model.get("streams") or {}).items():
+        if isinstance(stream, dict):
+            for role in ("encoder", "connector"):
+                if role in stream:
+                    yield f"streams.{name}.{role}", role, stream, role
+    if "backbone" in model:
+        yield "backbone", "backbone", model, "backbone"
+    heads = model.get("heads")
+    if isinstance(heads, dict):
+        for name in heads:
+            yield f"heads.{name}", "heads", heads, name
+
+
+def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
+    """Put the weights of every part that has a source into a new network.
+
+    Raises:
+        CheckpointError: if a source is gone, or does not hold what the part needs.
+    """
+    read: dict[str, Published] = {}
+    for path, source in sources.items():
+        published = read.setdefault(source.folder, Published(source.folder))
+        published.fill(network, path, source.part)
+
+
+def export_hub(
+    model: ModelConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, out: Path, name: str | None = None
+) -> str:
+    """Write a model as a checkpoint folder of its published architecture.
+
+    Args:
+        model: the model's config.
+        tensors: its state dict, shared tensors under their first name only.
+        vocabulary: of its tokenizer.
+        out: a new or empty folder.
+        name: the architecture; None takes the first whose configs read back to this model.
+
+    Returns:
+        The architecture's name.
+
+    Raises:
+        ConfigError: if no published architecture is this model, saying why for each that was tried.
+        CheckpointError: if ``out`` is not empty.
+    """
+    from safetensors.torch import save_file
+
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: is not empty; choose a new folder")
+    chosen, files = _hub_files(model, vocabulary, name)
+    stored = ARCHITECTURES[chosen].names(model, ()).save(tensors, f"export as {chosen}")
+    out.mkdir(parents=True, exist_ok=True)
+    for file, data in files.items():
+        (out / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in stored.items()}
+    save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+    return chosen
+
+
+def _hub_files(model: ModelConfig, vocabulary: Vocabulary, name: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
+    reasons = []
+    for candidate in [name] if name else ARCHITECTURES:
+        if candidate not in ARCHITECTURES:
+            raise ConfigError(f"export: unknown architecture {candidate!r}; expected one of {sorted(ARCHITECTURES)}")
+        try:
+            files = ARCHITECTURES[candidate].to_hub(model, vocabulary)
+            difference = _difference(model, ARCHITECTURES[candidate], files)
+        except ConfigError as error:
+            reasons.append(str(error))
+            continue
+        if not difference:
+            return candidate, files
+        reasons.append(f"{candidate}: cannot say {difference}")
+    raise ConfigError("export: no published layout holds this model:\n  " + "\n  ".join(reasons))
+
+
+def _difference(model: ModelConfig, architecture: Architecture, files: Mapping[str, dict[str, Any]]) -> str:
+    """What is lost when the exported configs are read again; "" if nothing is."""
+    again = architecture.model(
+        HubConfigs(
+            files["config.json"],
+            files.get("preprocessor_config.json", {}),
+            files.get("processor_config.json", {}),
+            files.get("generation_config.json", {}),
+            files.get("tokenizer_config.json", {}),
+        )
+    )
+    return next(_differing(model.to_data(), again.to_data(), "model"), "")
+
+
+def _differing(ours: Any, again: Any, path: str) -> Iterator[str]:
+    if path == "model.tokenizer":
+        return
+    if isinstance(ours, dict) and isinstance(again, dict):
+        for key in sorted(ours.keys() | again.keys()):
+            yield from _differing(ours.get(key), again.get(key), f"{path}.{key}")
+    elif ours != again:
+        yield f"{path}: {ours!r} (reads back as {again!r})"

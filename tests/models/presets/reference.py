@@ -1,0 +1,55 @@
+"""What parity tests share: reference models with telling weights, and comparisons."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+REL = 1e-4
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> Any:
+    """Draw every parameter and floating buffer anew, so that no bias is 0 and no gain is 1; returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("running_var"):
+            tensor.copy_(1.0 + 0.2 * noise.abs())
+        elif tensor.ndim < 2:
+            tensor.add_(0.1 * noise)
+        else:
+            tensor.copy_(noise * (0.5 * tensor[0].numel() ** -0.5 if tensor[0].numel() > 1 else 0.1))
+    return model.eval()
+
+
+def save_reference(model: Any, folder: Path, *extras: Any) -> Path:
+    """Save a reference model, and tokenizers or processors beside it, as the library does."""
+    for part in (model, *extras):
+        part.save_pretrained(folder)
+    return folder
+
+
+def assert_close(ours: Any, theirs: Any, rel: float = REL) -> None:
+    """Largest difference relative to the reference's largest value."""
+    mine, other = (np.asarray(x.detach() if isinstance(x, torch.Tensor) else x, np.float64) for x in (ours, theirs))
+    assert mine.shape == other.shape, f"found shape {mine.shape}, expected {other.shape}"
+    assert np.isfinite(mine).all()
+    scale = np.abs(other).max()
+    assert scale > 0, "the reference is all zeros, which proves nothing"
+    worst = np.abs(mine - other).max() / scale
+    assert worst <= rel, f"relative difference {worst:.2e}, allowed {rel:.0e}"
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    """Two reference models hold the same tensors, bit for bit."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name

@@ -16,7 +16,7 @@ from benchmarks.harness import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-ORDER = ("packing", "feature_cache", "trainer", "mfu", "loader", "start", "generation")
+ORDER = ("packing", "feature_cache", "trainer", "mfu", "loader", "start", "checkpoint", "generation")
 
 
 def newest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from polymodal.core.samples import Sample, conversation
 from polymodal.modalities.processor import Processor, StreamLayout
 from polymodal.modalities.table import build_reader
 from polymodal.modalities.text import Tokenizer, chat_format, train_bpe
-from polymodal.models.backbones.decoder import DecoderConfig
+from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import ModelConfig, MultimodalModel, to_device
 
 TEXTS = [
@@ -73,6 +73,33 @@ def merge_data(fusion: Any = "gated", heads: dict[str, Any] | None = None, **ent
     }
 
 
+def encoder_data(*, watched: tuple[str, ...] = (), heads: dict[str, Any] | None = None, **backbone: Any) -> dict[str, Any]:
+    """Text, image and audio in one bidirectional transformer, or some of them beside it."""
+    transformer = {"width": 16, "depth": 2, "heads": 2}
+    return {
+        "streams": {
+            name: stream(name, enters="cross_attention" if name in watched else "sequence")
+            for name in ("text", "image", "audio")
+        },
+        "backbone": {"use": "encoder", "transformer": transformer, **backbone},
+        "heads": heads or {"class": {"use": "class", "classes": ["a", "b", "c"]}},
+    }
+
+
+def joint_data(heads: dict[str, Any] | None = None, **backbone: Any) -> dict[str, Any]:
+    """Embedded words and patches, nothing more, in one bidirectional transformer."""
+    patches = {"use": "patches", "patch_size": 4, "grid": 4, "width": 16, "cls": True, "mask_token": True}
+    streams = {"text": {"use": "embedding", "width": 16}, "image": patches}
+    return {
+        "streams": {
+            name: {"modality": name, "encoder": encoder, "connector": "identity", "enters": "sequence"}
+            for name, encoder in streams.items()
+        },
+        "backbone": {"use": "encoder", "transformer": {"width": 16, "depth": 2, "heads": 2}, **backbone},
+        "heads": heads or {"words": {"use": "masked_token"}},
+    }
+
+
 @dataclass
 class Toy:
     """A model with its processor."""
@@ -97,19 +124,26 @@ def build(data: dict[str, Any], *, seed: int = 0, **processor: Any) -> Toy:
     """The model of plain config data, in evaluation mode, with random weights."""
     config = ModelConfig.parse(data)
     backbone = config.backbone
-    chat = chat_format(backbone.chat) if isinstance(backbone, DecoderConfig) else None
+    chat = chat_format(backbone.chat) if isinstance(backbone, CausalConfig) else None
     words = tokenizer(chat.name if chat else "turns")
+    if any(head.use == "masked_token" for head in config.heads.values()):
+        words = train_bpe(TEXTS, 300, ("<|mask|>",))
     layouts = {
         name: StreamLayout(
             reader=build_reader(entry.reader, Limits(), words),
-            enters_sequence=entry.enters.use == "sequence",
-            count_tokens=partial(config.count_tokens, name),
+            enters_sequence=config.has_placeholders(name),
+            count_tokens=partial(config.count_placeholders, name),
+            around=getattr(entry.enters, "around", None),
+            view=entry.view,
         )
         for name, entry in config.streams.items()
     }
-    max_tokens = processor.pop("max_tokens", backbone.max_tokens if isinstance(backbone, DecoderConfig) else 1)
+    processor.setdefault("has_source", isinstance(backbone, CausalConfig) and backbone.has_source)
+    max_tokens = processor.pop("max_tokens", backbone.max_tokens if isinstance(backbone, CausalConfig) else 1)
     torch.manual_seed(seed)
-    network = MultimodalModel(config, words.size).eval()
+    network = MultimodalModel(
+        config, words.size, {name: words.controls for name, entry in config.streams.items() if entry.modality == "text"}
+    ).eval()
     return Toy(config, words, Processor(words, chat, layouts, max_tokens=max_tokens, **processor), network)
 
 

@@ -82,6 +82,16 @@ def test_start(tmp_path):
     assert [len(table["rows"]) for table in run("start", tmp_path)["tables"]] == [3, 2]
 
 
+@pytest.mark.slow
+def test_checkpoint(tmp_path):
+    pytest.importorskip("transformers")
+    data = run("checkpoint", tmp_path)
+    peaks = {side: float(peak.split()[0]) for side, peak in column(data, "peak, MB").items()}
+    imports = {side: float(size.split()[0]) for side, size in column(data, "imports, MB").items()}
+    assert set(peaks) == {"polymodal", "transformers"}
+    assert all(peaks[side] >= imports[side] > 50 for side in peaks), "sizes of the processes themselves"
+
+
 def test_generation(tmp_path):
     assert len(run("generation", tmp_path)["tables"]) == 3
 

@@ -139,3 +139,17 @@ def test_fixed_groups_keep_the_order():
     assert not groups.is_full
     assert len(groups.take()) == 1
     assert groups.take() == []
+
+
+def test_groups_of_one_source_never_mix_sources():
+    groups = FixedGroups(2, one_source=True)
+    plans = plans_of([0] * 5)
+    for place, plan in zip([(0, 0), (1, 0), (0, 1), (2, 0), (1, 1)], plans, strict=True):
+        groups.add(Entry(place, plan))
+    assert groups.is_full
+    assert [entry.place for entry in groups.take()] == [(0, 0), (0, 1)]
+    assert [entry.place for entry in groups.take()] == [(1, 0), (1, 1)]
+    assert not groups.is_full
+    assert [entry.place for entry in groups.held()] == [(2, 0)]
+    assert [entry.place for entry in groups.take()] == [(2, 0)]
+    assert groups.take() == []

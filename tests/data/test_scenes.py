@@ -13,7 +13,7 @@ from polymodal.core.samples import sample_from_json
 from polymodal.data.scenes import FAMILIES, HELD_OUT, make_scene, make_scenes, questions, scene_samples, text_samples
 from polymodal.data.scenes.captions import MEDIA, facts
 from polymodal.data.scenes.gif import encode_gif
-from polymodal.data.scenes.latent import COLOURS, MOTIONS, SHAPES, SOLIDS, SOUNDS, stratum
+from polymodal.data.scenes.latent import COLOURS, MOTIONS, SHAPES, SOLIDS, SOUNDS, alone, stratum
 from polymodal.data.scenes.layout import AREAS_PX, NUM_FRAMES, SIDE_PX, STEP_PX, STEPS, holds, radius_px
 from polymodal.data.scenes.motion import CHANNELS, recording, recording_csv
 from polymodal.data.scenes.picture import picture, picture_png, video_gif, video_indices
@@ -372,7 +372,7 @@ def test_folder_holds_media_and_lines_that_load(folder):
     for split, number in (("train", 12), ("val", 5), ("novel", 5)):
         for medium in MEDIA:
             assert len(list((out / split / "media" / medium).iterdir())) == number
-        for name, expected in (("views", 5 * number), ("hub", number), ("captions", 5 * number)):
+        for name, expected in (("views", 5 * number), ("objects", 2 * number), ("names", 2 * number), ("hub", number), ("captions", 5 * number)):
             assert len(lines(out / split / f"{name}.jsonl")) == expected
         ids = []
         for file in (out / split).glob("*.jsonl"):
@@ -384,6 +384,31 @@ def test_folder_holds_media_and_lines_that_load(folder):
         answers = Counter((d["meta"]["family"], d["meta"]["answer"]) for d in lines(out / split / "questions.jsonl"))
         told = summary["answers"][split]
         assert answers == {(family, a): n for family, counts in told.items() for a, n in counts.items()}
+
+
+def test_an_object_stands_alone_and_its_name_says_its_kind(folder, scenes):
+    out, _ = folder
+    names = lines(out / "val" / "names.jsonl")
+    for index, data in enumerate(lines(out / "val" / "objects.jsonl")):
+        scene = make_scene(3, "val", index // 2)
+        thing = scene.things[0]
+        medium = ("image", "video")[index % 2]
+        expected = {
+            "image": f"A {thing.shape}.",
+            "video": f"A {thing.shape} moves {scene.moves[0]}.",
+        }[medium]
+        assert data["views"]["text"] == data["label"] == expected
+        named = names[index]["messages"][1]["content"].split()
+        assert thing.colour in named and named[3 if medium == "image" else 2].strip(".") == thing.shape
+        assert (out / "val" / data["views"][medium]["path"]).is_file()
+    for scene in scenes[:200]:
+        single = alone(scene)
+        shown = picture(single).astype(int)
+        colour = np.array(COLOURS[scene.things[0].colour])
+        is_thing = np.abs(shown - colour).sum(axis=2) < 40
+        assert 0.5 < is_thing.sum() / AREAS_PX[scene.things[0].size] < 1.3
+        saturation = shown.max(axis=2) - shown.min(axis=2)
+        assert (saturation[~is_thing] > 30).sum() < 120, "only the edge of the one thing has colour besides it"
 
 
 def test_questions_hold_only_the_media_they_need(folder):

@@ -241,7 +241,14 @@ def test_max_s_refuses_and_never_cuts() -> None:
         ({"hop_s": 0.00001}, "at least 2 and 1"),
         ({"clip_s": 0.001}, "at least one hop"),
         ({"std": 0}, "greater than 0"),
-        ({"representation": "mfcc"}, "'log_mel' or 'wave'"),
+        ({"representation": "mfcc"}, "'log_mel', 'fbank' or 'wave'"),
+        ({"repeat": True}, "repeat needs clip_s"),
+        ({"standardise": True}, "standardise is for representation: wave, found log_mel"),
+        ({"representation": "wave", "levels": "decibels"}, "levels is for representation: log_mel, found wave"),
+        ({"fill_frames": 9}, "fill_frames is for representation: fbank, found log_mel"),
+        ({"max_hz": 9000.0}, "the bands reach from 0 to 9000 Hz; expected a range within 0 to 8000"),
+        ({"views": True, "clip_s": 1.0}, "views need pad_clip and end_frame"),
+        ({"keep_filling": 2}, "keep_filling needs pad_clip"),
     ],
 )
 def test_wrong_configs(config: dict, message: str) -> None:

@@ -183,16 +183,48 @@ def test_fullest_grid_is_that_of_transformers() -> None:
         assert (rows * 336, cols * 336) == tuple(best)
 
 
-def test_crop_equals_resizing_then_cutting() -> None:
+def test_crop_equals_resizing_then_cutting(monkeypatch: pytest.MonkeyPatch) -> None:
     for height, width in ((48, 64), (97, 41), (480, 640), (30, 31)):
         whole = picture(height, width)
         scale = 32 / min(height, width)
         cover = (max(32, int(width * scale)), max(32, int(height * scale)))
         big = np.asarray(PIL.Image.fromarray(whole).resize(cover, PIL.Image.Resampling.BICUBIC))
-        top, left = round((cover[1] - 32) / 2), round((cover[0] - 32) / 2)
+        top, left = (cover[1] - 32) // 2, (cover[0] - 32) // 2
         expected = big[top : top + 32, left : left + 32].transpose(2, 0, 1) / 255
         cropped = fit_to_canvas(whole, (32, 32), "crop", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-        np.testing.assert_allclose(cropped, expected, atol=1.01 / 255)
+        np.testing.assert_allclose(cropped, expected, atol=1e-6)
+        monkeypatch.setattr("polymodal.modalities.image.resize._MAX_SURPLUS", 0)
+        without_surplus = fit_to_canvas(whole, (32, 32), "crop", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        np.testing.assert_allclose(without_surplus, expected, atol=1.01 / 255)
+        monkeypatch.undo()
+
+
+def test_crop_from_a_larger_picture() -> None:
+    whole = picture(90, 60)
+    found = fit_to_canvas(whole, (32, 32), "crop", (0, 0, 0), (1, 1, 1), shortest_edge_px=40, resample="bilinear")
+    big = np.asarray(PIL.Image.fromarray(whole).resize((40, 60), PIL.Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(found, big[14:46, 4:36].transpose(2, 0, 1) / 255, atol=1e-6)
+
+
+def test_pad_square_then_scale() -> None:
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    wide = np.full((20, 40, 3), 200, np.uint8)
+    found = fit_to_canvas(wide, (8, 8), "pad_square", mean, (1, 1, 1), resample="nearest")
+    np.testing.assert_allclose(
+        found[:, 0, 0], [122 / 255 - mean[0], 116 / 255 - mean[1], 104 / 255 - mean[2]], atol=1e-6
+    )
+    np.testing.assert_allclose(found[:, 4, 4], 200 / 255 - np.asarray(mean), atol=1e-6)
+    for fit in ("pad", "pad_square"):
+        black = fit_to_canvas(wide, (8, 8), fit, mean, (1, 1, 1), fill="black", resample="nearest")
+        np.testing.assert_allclose(black[:, 0, 0], -np.asarray(mean), atol=1e-6)
+
+
+def test_rescale() -> None:
+    white = np.full((4, 4, 3), 255, np.uint8)
+    unit = ImageReader(ImageReaderConfig(size_px=4, rescale=1 / 127.5, mean=(1, 1, 1), std=(1, 1, 1)), LIMITS).read(
+        Image(white)
+    )
+    np.testing.assert_allclose(unit.units[0], 1, atol=1e-6)
 
 
 def test_stretch_and_pad() -> None:
@@ -204,7 +236,7 @@ def test_stretch_and_pad() -> None:
     np.testing.assert_array_equal(padded[0, :, 3], [0, 0, 1, 1, 1, 1, 0, 0])
 
 
-@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad", "pad_square"])
 def test_extreme_shapes_stay_small(fit: str) -> None:
     for source in (np.zeros((1, 60_000), np.uint8), np.zeros((60_000, 1), np.uint8), np.zeros((1, 1), np.uint8)):
         assert read(source, resize=fit)[0].shape == (3, 16, 16)
@@ -253,7 +285,9 @@ def test_lengths_follow_the_upright_shape() -> None:
         ({"grids": []}, "at least one"),
         ({"grids": [[0, 2]]}, "at least 1"),
         ({"size_px": 0}, "size_px"),
-        ({"resize": "squash"}, "'stretch', 'crop' or 'pad'"),
+        ({"resize": "squash"}, "'stretch', 'crop', 'pad' or 'pad_square'"),
+        ({"shortest_edge_px": 256}, "belongs to resize: crop"),
+        ({"shortest_edge_px": 200, "resize": "crop"}, "below size_px 224"),
         ({"mean": [0.5, 0.5]}, "mean"),
     ],
 )

@@ -16,11 +16,13 @@ from polymodal.core.samples import Message
 from polymodal.modalities.text import (
     CHAT_FORMATS,
     ChatFormat,
+    Segment,
     TextReader,
     TextReaderConfig,
     Tokenizer,
     TokenStream,
     chat_format,
+    tokenize,
     train_bpe,
 )
 
@@ -162,13 +164,23 @@ RENDERED = {
         ["A cat.<|im_end|>", "Yes.<|im_end|>"],
     ),
     "vicuna": (
-        "<s>Be brief. USER: What? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>",
-        ["A cat.</s>", "Yes.</s>"],
+        "{start}Be brief. USER: What? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>",
+        [" A cat.</s>", " Yes.</s>"],
+    ),
+    "none": ("{start}Be brief.What?A cat.{end}Sure?Yes.{end}", ["A cat.{end}", "Yes.{end}"]),
+    "llama-2": (
+        "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat? [/INST] A cat. </s><s>[INST] Sure? [/INST] Yes. </s>",
+        [" A cat. </s>", " Yes. </s>"],
+    ),
+    "mistral": (
+        "<s>[INST] Be brief.\n\nWhat? [/INST] A cat.</s>[INST] Sure? [/INST] Yes.</s>",
+        [" A cat.</s>", " Yes.</s>"],
     ),
 }
+RENDERED["qwen"] = RENDERED["chatml"]
 
 
-@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("name", RENDERED)
 def test_formats_render_and_supervise_the_assistants_own_words(name: str) -> None:
     assert spans(chat_format(name), *TURNS) == RENDERED[name]
 
@@ -179,18 +191,54 @@ def test_a_prompt_ends_where_an_answer_begins(name: str) -> None:
     prompt, supervised = spans(chat, *TURNS[:2], prompt=True)
     whole, _ = spans(chat, *TURNS[:3])
     assert supervised == []
-    assert whole.startswith(prompt) and whole[len(prompt) :].startswith("A cat.")
+    assert whole.startswith(prompt) and whole[len(prompt) :].lstrip(" ").startswith("A cat.")
     with pytest.raises(SampleError, match="the last message is the assistant's"):
         spans(chat, *TURNS[:3], prompt=True)
 
 
-@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("name", RENDERED)
 def test_every_control_of_a_format_is_declared(name: str) -> None:
     chat = chat_format(name)
     for turn in (chat.system, chat.user, chat.assistant):
         for item in (*turn.before, *turn.after, *chat.start):
-            assert (item in chat.controls) == item.startswith("<")
+            assert (item in chat.controls) == (item.startswith("<") or item == "{end}") or item == "{start}"
     assert chat.end in chat.controls and chat.end in chat.assistant.after
+
+
+def test_formats_with_a_system_turn_of_their_own_begin_with_it() -> None:
+    whole, _ = spans(chat_format("qwen"), *TURNS[1:2], prompt=True)
+    assert whole == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    whole, _ = spans(chat_format("vicuna"), *TURNS[1:2], prompt=True)
+    assert whole.startswith("{start}A chat between a curious user") and whole.endswith(
+        "questions. USER: What? ASSISTANT:"
+    )
+    assert spans(chat_format("llama-2"), *TURNS[1:2], prompt=True)[0] == "<s>[INST] What? [/INST]"
+
+
+def test_texts_that_touch_are_encoded_as_one(words: Tokenizer) -> None:
+    chat = chat_format("vicuna")
+    messages = [Message("system", (Text("a"),)), Message("user", (Text("What is"), Text(" on the left?")))]
+    runs = list(tokenize(chat.render(messages, id="s", prompt=True), words))
+    assert [words.decode(run.ids) for run in runs] == ["", "a USER: What is on the left? ASSISTANT:"]
+    assert list(runs[1].ids) == words.encode("a USER: What is on the left? ASSISTANT:")
+    answered = [*messages, Message("assistant", (Text("A cube."),))]
+    runs = list(tokenize(chat.render(answered, id="s"), words))
+    assert [(words.decode(run.ids), run.is_supervised) for run in runs[1:]] == [
+        ("a USER: What is on the left? ASSISTANT:", False),
+        (" A cube.", True),
+        ("", True),
+    ]
+    assert runs[-1].ids == (words.control("</s>"),)
+
+
+def test_control_tokens_in_a_formats_own_text_are_meant_and_in_a_persons_are_not(words: Tokenizer) -> None:
+    segments = [Segment(text="a<|end|>b", is_fixed=True), Segment(text="c<|end|>")]
+    first, control, second = tokenize(segments, words)
+    assert control.ids == (words.control("<|end|>"),)
+    assert words.decode(first.ids) == "a" and words.decode(second.ids) == "bc<|end|>"
 
 
 def test_media_cannot_be_an_answer() -> None:
@@ -219,3 +267,15 @@ def test_texts_that_are_empty_or_too_long_are_refused(words: Tokenizer) -> None:
         reader.measure(Text(""))
     with pytest.raises(LimitError, match=r"text: 11 characters, the limit \(text_chars\) is 10"):
         reader.read(Text("x" * 11))
+
+
+def test_a_reader_may_add_the_tokens_that_frame_a_text_and_fill_up(words: Tokenizer, tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "cube"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    config = TextReaderConfig.parse({"max_tokens": 4, "tokenizer": str(tmp_path), "add_special": True})
+    assert config.tokenizer is not None and config.tokenizer.path == str(tmp_path)
+    own = Tokenizer.load(config.tokenizer.path)
+    for text, expected in (("red cube", [2, 5, 7, 3]), ("red blue cube", [2, 5, 6, 3]), ("", [2, 3])):
+        assert TextReader(config, Limits(), own).read(Text(text)).units[0].tolist() == expected
+    filled = config.model_copy(update={"fill": True, "add_special": False})
+    assert TextReader(filled, Limits(), own).read(Text("red")).units[0].tolist() == [5, 0, 0, 0]

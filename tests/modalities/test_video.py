@@ -208,3 +208,30 @@ def test_wrong_configs(config: dict, message: str) -> None:
 def test_other_parts_are_refused() -> None:
     with pytest.raises(UnsupportedMediaError, match="expected 'video'"):
         reader().measure(Audio("a.wav"))
+
+
+def test_frames_stand_where_they_are_asked_for() -> None:
+    from polymodal.modalities.video import clip_indices
+
+    assert spread_indices(16, 4, "start") == (0, 4, 8, 12) and spread_indices(16, 4, "ends") == (0, 5, 10, 15)
+    assert spread_indices(9, 1, "ends") == (4,) and spread_indices(2, 5, "start") == (0, 1)
+    # 16 x 4 of the middle; a shorter video is read more densely, none of its frames twice.
+    assert clip_indices(20, 4, 3) == (5, 8, 11, 14) and clip_indices(100, 16, 4)[0] == 19
+    assert clip_indices(5, 4, 3) == (0, 1, 2, 3) and clip_indices(3, 4, 3) == (0, 1, 2)
+    assert clip_indices(1, 4, 3) == (0,)
+    frames = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    options = {"size_px": 4, "num_frames": 4, "mean": (0.0,) * 3, "std": (1.0,) * 3, "rescale": 1.0}
+    cases = (({"sampling": "clip", "frame_stride": 3}, (5, 8, 11, 14)), ({"place": "ends"}, (0, 6, 12, 19)))
+    for more, expected in cases:
+        reader = VideoReader(VideoReaderConfig(**options, **more), Limits())
+        assert reader.measure(Video(frames, fps=5)) == (4,)
+        assert tuple(reader.read(Video(frames, fps=5)).units[0][:, 0, 0, 0]) == expected
+
+
+def test_frames_are_cut_from_a_larger_scaled_one() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (1, 12, 20, 3), dtype=np.uint8)
+    config = VideoReaderConfig(size_px=6, num_frames=1, resize="crop", shortest_edge_px=12)
+    found = VideoReader(config, Limits()).read(Video(frames, fps=1)).units[0][0]
+    np.testing.assert_allclose(found, (frames[0, 3:9, 7:13].transpose(2, 0, 1) / 255 - 0.5) / 0.5, atol=1e-6)
+    with pytest.raises(ConfigError, match="shortest_edge_px 4 belongs to resize: crop and is at least size_px 6"):
+        VideoReaderConfig.parse({"size_px": 6, "resize": "crop", "shortest_edge_px": 4})

@@ -125,7 +125,7 @@ def test_rotary_codes_follow_from_positions() -> None:
 
 
 def test_what_a_decoder_cannot_do_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no stream enters a decoder by cross-attention"):
+    with pytest.raises(ConfigError, match="follows from the streams that enter by cross_attention"):
         DecoderConfig.parse({"transformer": {**SMALL, "cross_width": 8}})
     with pytest.raises(ConfigError, match="unknown backbone 'decodr'; did you mean 'decoder'"):
         BACKBONES.parse("decodr")

@@ -10,7 +10,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.models.encoders import ENCODERS
 from polymodal.models.encoders.point_groups import farthest_points, nearest_points
 from polymodal.models.encoders.spectrum import SpectrumConfig
-from polymodal.models.encoders.vit import ConvStem
+from polymodal.models.encoders.vit_trunk import ConvStem
 from polymodal.models.layers.convolution import RaggedConv
 
 ONE = torch.ones(1, dtype=torch.int64)
@@ -228,8 +228,8 @@ def test_tubelets_hold_the_pixels_of_their_place() -> None:
     config = ENCODERS.parse({"use": "tubelet", "image_size": 4, "patch_size": 2, "width": 8, "heads": 2})
     encoder = config.build()
     frames = torch.arange(2 * 3 * 16.0).view(1, 2, 3, 4, 4)
-    cut = encoder._cut(frames, torch.tensor([2]))
-    assert torch.equal(cut[0, 0, 1].view(2, 3, 2, 2), frames[0, :, :, :2, 2:])
+    cut = encoder.cut(frames, torch.tensor([2]))
+    assert torch.equal(cut[0, 0, 1].view(3, 2, 2, 2), frames[0, :, :, :2, 2:].transpose(0, 1))
 
 
 def test_separate_channels_do_not_mix() -> None:
@@ -295,7 +295,14 @@ def test_registers_are_read_and_dropped() -> None:
         ({"use": "spectrum", "num_bands": 18}, "a window of 32 has 17 bins, found 18 bands"),
         ({"use": "spectrum", "hop": 33}, "hop 33 is above window 32"),
         ({"use": "text_transformer", "causal": True, "pool": "cls"}, "found pool cls, expected last or mean"),
-        ({"use": "resnet"}, "unknown encoder 'resnet'"),
+        ({"use": "resnext"}, "unknown encoder 'resnext'"),
+        ({"use": "vit", "drop_rest": True}, "'drop_rest' belongs to stem: patch and an image_size that is no multiple"),
+        ({"use": "vit", "positions": "sincos", "position_grid": 4}, "belong to positions: learned"),
+        ({"use": "vit", "position_antialias": True}, "'position_antialias' belongs to a 'position_grid'"),
+        ({"use": "vit", "pool": "attention", "norm_features": False}, "leave norm_features true"),
+        ({"use": "vit", "width": 24, "heads": 4, "rope_grid": 4}, "multiple of 4, found 6"),
+        ({"use": "vit", "rope_grid": 4, "reduce": {"use": "merge"}}, "merged patches do not have"),
+        ({"use": "text_transformer", "pool": "eos"}, "'eos_id' belongs to pool: eos"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
@@ -307,3 +314,15 @@ def test_a_text_that_is_too_long_is_refused() -> None:
     encoder = ENCODERS.parse({"use": "text_transformer", "max_tokens": 4}).build()
     with pytest.raises(ConfigError, match="found a text of 5 tokens, expected at most 4"):
         encoder(torch.zeros(1, 5, dtype=torch.int64), torch.tensor([5]))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_tcn_reads_as_far_as_its_paper_says(causal: bool) -> None:
+    torch.manual_seed(0)
+    config = ENCODERS.parse({"use": "tcn", "num_channels": 1, "width": 8, "depth": 3, "stride": 2, "causal": causal})
+    values = torch.randn(1, 200, 1, requires_grad=True)
+    features = config.build().eval()(values, torch.tensor([200])).x_UND
+    (gradient,) = torch.autograd.grad(features[0, 50, 0], values)
+    places = gradient[0, :, 0].nonzero()[:, 0]
+    assert places[-1] - places[0] + 1 == config.reach == 3 + 2 * 2 * 2 * 7
+    assert (places[-1] <= 100) == causal

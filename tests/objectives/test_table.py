@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polymodal.core.batch import Outputs
+from polymodal.core.batch import CtcOutput, Outputs
 from polymodal.core.errors import ConfigError
 from polymodal.objectives.infonce import InfoNCE
 from polymodal.objectives.next_token import NextToken
@@ -24,6 +24,9 @@ def full_outputs() -> Outputs:
     outputs.class_logits = torch.randn(4, 2, generator=generator).requires_grad_()
     for vectors, _ in outputs.embeddings.values():
         vectors.requires_grad_()
+    letters = torch.randn(4, 20, 30, generator=generator).requires_grad_()
+    owners = torch.arange(4)
+    outputs.ctc = CtcOutput(letters, torch.full((4,), 20), owners, 0, lambda text: [ord(c) - 96 for c in text])
     return outputs
 
 
@@ -34,7 +37,7 @@ def test_every_objective_gives_a_finite_scalar_with_a_gradient(name):
     report = config(full_outputs(), batch_of(4, ["match", "mismatch", "match", "mismatch"]))
     assert report.total.shape == () and torch.isfinite(report.total) and report.total.requires_grad
     assert report.count > 0 and report.parts
-    assert config.needs in ("sequence", "embed", "merge")
+    assert config.needs in ("sequence", "embed", "merge", "ctc")
     assert OBJECTIVES.parse(config.to_data()) == config
 
 

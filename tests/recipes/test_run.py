@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from polymodal.core.errors import CheckFailed, CheckpointError, DataError
 from polymodal.core.parts import Image
+from polymodal.models.adapters import adapter_names, use_adapters
 from polymodal.recipes import api, run_folder
 from polymodal.recipes import run as module
 from polymodal.recipes.loading import load_recipe
@@ -70,27 +71,53 @@ def test_merging_adapters_keeps_what_the_adapted_model_computes(
 ) -> None:
     before: list[Any] = []
     prompt = [Image(root / "1.png"), "What is it?"]
-    merge = module.merge_lora
+    merge = module.finish_train
 
-    def watched(network: Any) -> Any:
+    def watched(network: Any, *rest: Any) -> Any:
         assert any(bool(p.any()) for name, p in network.named_parameters() if name.endswith("lora_b"))
         network.eval()
         before.append({name: tensor.clone() for name, tensor in network.state_dict().items()})
-        return merge(network)
+        return merge(network, *rest)
 
-    monkeypatch.setattr(module, "merge_lora", watched)
+    monkeypatch.setattr(module, "finish_train", watched)
     stage = small_recipes.stage(train=[LORA], steps=3, optimizer={"use": "adamw", "lr": 0.01})
     train(load_recipe(small_recipes.decoder_recipe(root, stage)), tmp_path / "run", quiet=True)
     loaded = load(tmp_path / "run")
     merged = loaded.logits(prompt)
     state = loaded.network.state_dict()
-    names = [name.removesuffix(".lora_a") for name in before[0] if name.endswith(".lora_a")]
+    tail = ".adapters.default.lora_"
+    names = [name.removesuffix(f"{tail}a") for name in before[0] if name.endswith(f"{tail}a")]
     assert names
     for name in names:
-        low = before[0][f"{name}.lora_b"] @ before[0][f"{name}.lora_a"] * (16.0 / 2)
+        low = before[0][f"{name}{tail}b"] @ before[0][f"{name}{tail}a"] * (16.0 / 2)
         assert torch.equal(state[f"{name}.weight"], before[0][f"{name}.weight"] + low)
         state[f"{name}.weight"].copy_(before[0][f"{name}.weight"])
     assert np.abs(loaded.logits(prompt) - merged).max() > 1e-4, "without the adapters it computes something else"
+
+
+def test_adapters_that_stay_are_loaded_resumed_and_act_beside_each_other(root: Path, tmp_path: Path) -> None:
+    prompt = {"part": "backbone", "adapter": {"use": "prompt", "tokens": 2}, "name": "first"}
+    tone = {"part": "backbone", "adapter": {"use": "lora", "rank": 2, "match": ["*.q_proj"]}, "merge": False}
+    gains = {"part": "backbone", "adapter": {"use": "ia3", "inputs": ["*.down_proj"]}, "name": "gains", "merge": False}
+    fast = {"use": "adamw", "lr": 0.05}
+    recipe = small_recipes.decoder_recipe(
+        root,
+        small_recipes.stage("one", train=[prompt, tone], steps=2, optimizer=fast),
+        small_recipes.stage("two", train=[gains], steps=2, optimizer=fast),
+    )
+    train(load_recipe(recipe), tmp_path / "run", quiet=True)
+    loaded = load(tmp_path / "run")
+    assert set(adapter_names(loaded.network)) == {"first", "gains", "default"}
+    asked = [Image(root / "1.png"), "What is it?"]
+    said, logits = loaded.chat(*asked, max_new_tokens=6), loaded.logits(asked)
+    assert loaded.chat(*asked, max_new_tokens=6).tokens == said.tokens, "with the prefix cache"
+    (tmp_path / "run" / "model.safetensors").unlink()
+    result = train(load_recipe(recipe), tmp_path / "run", quiet=True)
+    assert not result.stages, "both stages were complete"
+    assert np.array_equal(load(tmp_path / "run").logits(asked), logits)
+    for name in adapter_names(loaded.network):
+        use_adapters(loaded.network, [other for other in adapter_names(loaded.network) if other != name])
+        assert np.abs(loaded.logits(asked) - logits).max() > 1e-4, name
 
 
 def test_a_finished_run_called_again_does_nothing_and_says_so(root: Path, tmp_path: Path) -> None:

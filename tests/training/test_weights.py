@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from polymodal.core.errors import CheckpointError
+from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.training import weights as module
-from polymodal.training.weights import read_weights, save_weights
+from polymodal.training.weights import copy_weights, read_weights, save_weights
 
 
 def model(width: int = 3) -> nn.Module:
@@ -68,3 +68,20 @@ def test_a_missing_or_damaged_file_is_named(content: bytes | None, tmp_path: Pat
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"w.safetensors: not a readable safetensors file"):
         read_weights(model(), path)
+
+
+def test_weights_are_copied_where_name_and_shape_agree():
+    model = nn.ModuleDict(
+        {
+            "one": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)),
+            "two": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5)),
+            "none": nn.LayerNorm(7),
+        }
+    )
+    assert copy_weights(model, "two", "one") == 2
+    assert torch.equal(model["two"][0].weight, model["one"][0].weight)
+    assert model["two"][0].weight is not model["one"][0].weight
+    with pytest.raises(ConfigError, match="two and none have no weights of the same name and shape"):
+        copy_weights(model, "two", "none")
+    with pytest.raises(ConfigError, match="unknown part 'tow'"):
+        copy_weights(model, "tow", "one")

@@ -145,6 +145,27 @@ def evaluate(
     _command("runs:evaluate")(model, tasks, out, limit, device, as_json=json)
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    format: Annotated[
+        str, typer.Option(help="hub: a checkpoint folder as model hubs lay it out. adapter: what its adapters learned.")
+    ] = "hub",
+    architecture: Annotated[
+        str | None, typer.Option(help="The published layout; the first that holds the model if not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Hand a trained model back: the reference library and common servers read the folder."""
+    if format not in ("hub", "adapter"):
+        raise typer.BadParameter(f"found {format!r}, expected hub or adapter", param_hint="--format")
+    if format == "adapter":
+        _command("models:export_adapters")(model, out, as_json=json)
+        return
+    _command("models:export")(model, out, architecture, as_json=json)
+
+
 @data_app.command("make")
 def data_make(
     corpus: Annotated[str, typer.Argument(help="scenes or digits.")],
@@ -178,16 +199,34 @@ def data_inspect(
     _command("corpora:inspect")(data, decode=decode, as_json=json)
 
 
+@data_app.command("capfilt")
+def data_capfilt(
+    data: Annotated[Path, typer.Argument(help="A JSON Lines file of view sets: one medium and a text.")],
+    out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
+    judge: Annotated[Path, typer.Option("--filter", help="A run whose shared space tells what fits.")],
+    captioner: Annotated[
+        Path | None, typer.Option(help="A run that writes a second text for every medium; without it, only filter.")
+    ] = None,
+    request: Annotated[str, typer.Option(help="What the captioner is asked.")] = "Describe this image.",
+    false_accept: Annotated[float, typer.Option(help="Share of mismatched pairs that may pass.")] = 0.05,
+    threshold: Annotated[float | None, typer.Option(help="Least similarity; calibrated if not given.")] = None,
+    json: Json = False,
+) -> None:
+    """Caption media with one model and drop, with another, texts that do not fit (CapFilt)."""
+    options = {"request": request, "false_accept": false_accept, "threshold": threshold}
+    _command("corpora:capfilt")(data, out, captioner, judge, options, as_json=json)
+
+
 @presets_app.command("list")
 def presets_list(json: Json = False) -> None:
-    """List the recipes that ship with the package."""
-    _command("runs:presets")(as_json=json)
+    """List the recipes that ship with the package, and the published models."""
+    _command("models:presets")(as_json=json)
 
 
 @presets_app.command("show")
 def presets_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
     """Print a preset as YAML, ready to edit."""
-    _command("runs:show_preset")(name)
+    _command("models:show_preset")(name)
 
 
 def main() -> None:

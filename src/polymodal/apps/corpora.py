@@ -81,6 +81,29 @@ def inspect(data: Path, *, decode: bool, as_json: bool) -> None:
     _problems(found)
 
 
+def capfilt(
+    data: Path, out: Path, captioner: Path | None, judge: Path, options: dict[str, Any], *, as_json: bool
+) -> None:
+    """Caption and filter pairs."""
+    from polymodal.recipes.capfilt import capfilt as run
+    from polymodal.recipes.model import load
+
+    filtering = load(judge)
+    writing = None if captioner is None else filtering if captioner == judge else load(captioner)
+    with Bar(is_silent=as_json) as bar:
+        report = run(data, out, writing, filtering, progress=lambda done, total: bar("judging", done, total), **options)
+    if as_json:
+        emit_json(report.to_data())
+        return
+    rows = [
+        [origin, f"{report.kept.get(origin, 0):,}", f"{report.dropped.get(origin, 0):,}"]
+        for origin in ("original", "synthetic")
+        if origin in report.kept or origin in report.dropped
+    ]
+    emit_table(f"{out}: {report.num_written:,} pairs", ["text", "kept", "dropped"], rows)
+    say(f"kept from a similarity of {report.threshold:.3f} on; {len(report.skipped):,} samples could not be used")
+
+
 def _problems(found: Inspection) -> None:
     for name, problems in (("malformed", found.malformed), ("missing", found.missing), ("broken", found.broken)):
         if problems:

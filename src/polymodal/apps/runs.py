@@ -15,7 +15,7 @@ from polymodal.evaluation.scores import Report, Row
 from polymodal.recipes.check import CheckReport, Proof, check_recipe
 from polymodal.recipes.evaluation import evaluate as measure
 from polymodal.recipes.evaluation import resolve_task
-from polymodal.recipes.loading import load_recipe, preset_names, preset_text
+from polymodal.recipes.loading import load_recipe
 from polymodal.recipes.model import WEIGHTS, load
 from polymodal.recipes.run import RunResult
 from polymodal.recipes.run import train as train_recipe
@@ -138,35 +138,3 @@ def _cells(row: Row, controls: list[str], further: list[str]) -> list[str]:
     cells = [row.family, str(score.n), f"{score.value:.3f}", f"{score.low:.3f} to {score.high:.3f}"]
     cells += [f"{row.controls[name].value:.3f}" if name in row.controls else "" for name in controls]
     return cells + [f"{row.metrics[name]:.3f}" if name in row.metrics else "" for name in further]
-
-
-def presets(*, as_json: bool) -> None:
-    """List the recipes that ship with the package."""
-    recipes = [load_recipe(name) for name in preset_names()]
-    data = [
-        {
-            "name": recipe.name,
-            "streams": list(recipe.model.streams),
-            "backbone": recipe.model.backbone.use,
-            "stages": {stage.name: stage.steps for stage in recipe.stages},
-        }
-        for recipe in recipes
-    ]
-    if as_json:
-        emit_json({"presets": data})
-        return
-    rows = [
-        (
-            recipe.name,
-            ", ".join(recipe.model.streams),
-            recipe.model.backbone.use,
-            ", ".join(f"{stage.name} {stage.steps:,}" for stage in recipe.stages),
-        )
-        for recipe in recipes
-    ]
-    emit_table("presets", ("name", "streams", "backbone", "stages and steps"), rows)
-
-
-def show_preset(name: str) -> None:
-    """Print a preset as it was written, comments included, ready to edit."""
-    sys.stdout.write(preset_text(name))

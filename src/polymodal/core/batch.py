@@ -10,8 +10,11 @@ a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from polymodal.core.passes import TokenPass
 
 Array = Any
 """A numpy array or a torch tensor; the shape stands in the attribute's docstring."""
@@ -47,6 +50,10 @@ class Span:
     item: int
     start: int
     length: int
+    tokens: int = 0
+    """What the item gives before pooling."""
+    pool: int = 1
+    """So many neighbouring tokens of the item become their mean, to keep a budget."""
 
 
 @dataclass(slots=True)
@@ -61,6 +68,7 @@ class Plan:
         items: per stream, ``(part, unit lengths)`` of each item, in order.
         label: the class, if any.
         modalities: the modalities that are there, text apart; sorted.
+        num_source: how many of the first tokens an encoder-decoder's encoder reads; 0 for all other models.
     """
 
     id: str
@@ -71,6 +79,9 @@ class Plan:
     label: str | None = None
     modalities: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    num_source: int = 0
+    choices: list[str] = field(default_factory=list)
+    """What was lessened to keep a budget of tokens, in words."""
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +122,8 @@ class StreamBatch:
     sample_of_item: Array
     token_index: Array
     token_counts: list[int]
+    pools: list[tuple[int, int]] = field(default_factory=list)
+    """Per item, its tokens before pooling and how many neighbours become one; empty where nothing is pooled."""
     keys: list[str] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
     features: tuple[Array, Array, Array] | None = None
@@ -135,6 +148,7 @@ class Batch:
         segment_lengths: tokens of each packed sample, in order; None for a padded batch.
         streams: per stream, its items.
         sample_ids: list of ``S`` ids; labels, modalities: parallel to it.
+        source_lengths: for an encoder-decoder, how many tokens at the beginning of each sample its encoder reads.
     """
 
     ids: Array
@@ -146,11 +160,61 @@ class Batch:
     sample_ids: list[str]
     labels: list[str | None]
     modalities: list[tuple[str, ...]]
+    source_lengths: tuple[int, ...] | None = None
 
     @property
     def num_samples(self) -> int:
         """How many samples the batch holds."""
         return len(self.sample_ids)
+
+
+@dataclass(slots=True)
+class CtcOutput:
+    """What a head for connectionist temporal classification says of a batch, and its own alphabet.
+
+    Args:
+        logits: ``[I, N, V]``: of each item its features in order, scores of tokens and of the blank.
+        lengths: ``[I]`` int64 valid features of each item.
+        sample_of_item: ``[I]`` int64.
+        blank: id of the blank.
+        encode: transcript -> token ids.
+    """
+
+    logits: Array
+    lengths: Array
+    sample_of_item: Array
+    blank: int
+    encode: Callable[[str], list[int]]
+
+
+@dataclass(slots=True)
+class Teacher:
+    """What a momentum twin says of a batch, and what it said of earlier ones.
+
+    Args:
+        embeddings: as :attr:`Outputs.embeddings`, of the twin; without a graph.
+        queues: per stream, the twin's unit vectors ``[Q, E]`` of earlier samples, ``Q`` so far.
+        groups: per stream, int64 ``[Q]``: a number for the label of each, equal for equal labels.
+    """
+
+    embeddings: dict[str, tuple[Array, Array]]
+    queues: dict[str, Array]
+    groups: dict[str, Array]
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """What a masked_token head predicts, and what stood there; all None where the batch holds nothing to predict.
+
+    Args:
+        predictions: ``[K, V]`` logits, or normalised pixels.
+        targets: ``[K]`` int64 ids or codes, or the pixels ``[K, V]``.
+        samples: ``[K]`` int64, the sample of each place.
+    """
+
+    predictions: Array = None
+    targets: Array = None
+    samples: Array = None
 
 
 @dataclass(slots=True)
@@ -163,11 +227,19 @@ class Outputs:
         embeddings: per stream, ``(vectors [I, E] of unit length, sample_of_item [I])`` (pass ``embed``).
         scale: scalar tensor, the learned inverse temperature of the projection head (its exponential already taken);
             bias: scalar tensor for sigmoid pairs.
+        pair_scale: two streams -> the scale of their pairs, where it is not the shared one.
         merged: ``[S, D]`` state of the merge backbone (pass ``merge``).
         class_logits: ``[S, C]``; match_logits: ``[S]`` from heads on ``merged``.
         mismatch_logits: ``[N]`` logits of samples in which one stream's items are another sample's (pass ``match``);
             mismatch_samples: ``[N]`` int64 which samples; those without a second stream, or without another sample
             to take it from, are not among them.
+        ctc: what the ctc head says of its stream's items (pass ``ctc``).
+        latents: ``[S, L, D]`` of a latent backbone (pass ``merge``); queried: per text stream, ``[S, Q, V]`` logits of
+            every place from a ``query_token`` head.
+        rebuilt: ``[K, C]`` values of hidden patches by a ``masked_patches`` head (pass ``rebuild``);
+            rebuilt_targets: ``[K, C]`` what was there.
+        pair_logits: ``[V, T]`` of every video against every text (pass ``pairs``); pair_samples: ``([V], [T])`` int64
+            the samples that they are of.
     """
 
     token_logits: Array = None
@@ -176,8 +248,26 @@ class Outputs:
     embeddings: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     scale: Array = None
     bias: Array = None
+    pair_scale: Callable[[str, str], Array] | None = None
     merged: Array = None
     class_logits: Array = None
     match_logits: Array = None
     mismatch_logits: Array = None
     mismatch_samples: Array = None
+    ctc: CtcOutput | None = None
+    latents: Array = None
+    queried: dict[str, Array] = field(default_factory=dict)
+    rebuilt: Array = None
+    rebuilt_targets: Array = None
+    pair_logits: Array = None
+    pair_samples: tuple[Array, Array] | None = None
+    tokens: dict[TokenPass, TokenOutput] = field(default_factory=dict)
+    """What masked_token heads predict, by pass."""
+    pooled: dict[str, Array] = field(default_factory=dict)
+    """Per ``pooler`` head: ``[I, D]`` of its stream's items, or ``[S, D]`` of the samples (pass ``pool``)."""
+    teacher: Teacher | None = None
+    """What the momentum twin says of the same batch, where an objective has one."""
+    teachers: dict[str, Outputs] = field(default_factory=dict)
+    """What other models say of the same batch, by the path that a ``distill`` objective names."""
+    penalties: dict[str, Array] = field(default_factory=dict)
+    """Scalar tensors that ``ewc`` objectives add, by their key."""

@@ -9,6 +9,10 @@ One JSON object a line. A conversation holds OpenAI-style messages; paths are re
 A view set names the modalities of one thing; ``label`` is its class, where it has one::
 
     {"id": "8", "views": {"image": "a.jpg", "text": "a cat", "audio": {"path": "a.wav"}}, "label": "cat"}
+
+A view of a name of its own says its modality; streams that name this view read it, and no others::
+
+    {"id": "9", "views": {"image": "a.jpg", "depth": {"modality": "image", "path": "a_depth.png"}}}
 """
 
 from __future__ import annotations
@@ -52,9 +56,10 @@ class Sample:
     Args:
         id: its name in errors, reports and caches; unique within a source.
         messages: the turns, oldest first; empty for a view set.
-        views: one part per modality name; empty for a conversation.
+        views: one part per modality name, or per name of its own that a stream asks for; empty for a conversation.
         label: the class, for class heads and class-level retrieval.
         meta: anything else, such as ``family`` and ``split``; kept, never interpreted by a model.
+        tokens: the most tokens that all of its media may take in a sequence; None: what the recipe says.
     """
 
     id: str
@@ -62,6 +67,7 @@ class Sample:
     views: Mapping[str, Part] = field(default_factory=dict)
     label: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
 
     def media(self) -> tuple[Media, ...]:
         """Every media part, in reading order."""
@@ -76,7 +82,7 @@ class Sample:
             for m in self.messages
         )
         views = {name: part for name, part in self.views.items() if name not in drop}
-        return Sample(self.id, messages, views, self.label, self.meta)
+        return Sample(self.id, messages, views, self.label, self.meta, self.tokens)
 
 
 def conversation(*parts: Part | str, answer: str | None = None, id: str = "request") -> Sample:
@@ -135,7 +141,10 @@ def sample_to_json(sample: Sample, root: str | os.PathLike[str] | None = None) -
         data["messages"] = [_message_to_json(message, sample.id, root) for message in sample.messages]
     else:
         data["views"] = {
-            name: part.text if isinstance(part, Text) else _part_to_json(part, sample.id, root, typed=False)
+            name: part.text
+            if isinstance(part, Text)
+            else ({} if name in MODALITIES else {"modality": part.modality})
+            | _part_to_json(part, sample.id, root, typed=False)
             for name, part in sample.views.items()
         }
     if sample.label is not None:
@@ -253,9 +262,12 @@ def _views(data: Any, root: Path, id: str) -> dict[str, Part]:
     views: dict[str, Part] = {}
     for name, value in data.items():
         where = f"views.{name}"
+        if name not in MODALITIES and not (isinstance(value, dict) and "modality" in value):
+            hint = 'a view of another name says its modality: {"modality": "image", "path": ...}'
+            raise SampleError(id, f"{where}: {unknown('modality', name, MODALITIES)}; {hint}")
         if name not in MODALITIES:
-            raise SampleError(id, f"{where}: {unknown('modality', name, MODALITIES)}")
-        if name == "text":
+            views[name] = _named_view(value, root, id, where)
+        elif name == "text":
             views[name] = Text(_string(data, "text", id, "views"))
         elif isinstance(value, str):
             views[name] = _media(name, {"path": value}, root, id, where)
@@ -264,6 +276,13 @@ def _views(data: Any, root: Path, id: str) -> dict[str, Part]:
         else:
             raise SampleError(id, f"{where}: found {type(value).__name__}, expected a path or an object")
     return views
+
+
+def _named_view(data: dict[str, Any], root: Path, id: str, where: str) -> Media:
+    modality = data["modality"]
+    if modality not in MODALITIES or modality == "text":
+        raise SampleError(id, f"{where}.modality: {unknown('modality', modality, MODALITIES[1:])}")
+    return _media(modality, {key: value for key, value in data.items() if key != "modality"}, root, id, where)
 
 
 def _message_to_json(message: Message, id: str, root: str | os.PathLike[str] | None) -> dict[str, Any]:

@@ -5,8 +5,9 @@ Shape legend: ``B`` rows, ``T`` tokens, ``V`` vocabulary, ``E`` embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polymodal.core.batch import Plan
+from polymodal.core.batch import Example, Plan
 from polymodal.core.errors import SampleError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
@@ -22,12 +23,15 @@ from polymodal.inference.prefix import PrefixCache, identity, suffix
 from polymodal.inference.sampling import Sampling, draw, make_generator
 from polymodal.modalities.processor import Processor, collate_units
 from polymodal.modalities.reader import checked_read
-from polymodal.models.backbones.decoder import batch_layout
+from polymodal.modalities.text.tokenizer import END
 from polymodal.models.compose import MultimodalModel, to_device
+from polymodal.models.heads.table import NextTokenConfig
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.layout import Layout
 
 Finish = Literal["stop", "length"]
+Rule = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
+"""Logits ``[B, V]`` of a step and what each row has written -> the logits to draw from."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,8 @@ class Generation:
     num_prompt_tokens: int = 0
     num_reused_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    choices: list[str] = field(default_factory=list)
+    """What was lessened to keep a budget of media tokens."""
 
 
 class Engine:
@@ -84,7 +90,7 @@ class Engine:
         Raises:
             SampleError: if a prompt cannot be laid out or leaves no room for an answer.
         """
-        self._end_id()
+        self._end_ids()
         plans = [self._plan(sample) for sample in samples]
         order = sorted(range(len(plans)), key=lambda i: plans[i].num_tokens)
         results: list[Generation] = [Generation()] * len(plans)
@@ -104,19 +110,20 @@ class Engine:
             generation: filled while streaming, for those who want the finish reason.
         """
         record = generation if generation is not None else Generation()
-        end = self._end_id()
+        ends = self._end_ids()
         plan = self._plan(sample)
-        own = identity(plan)
+        own = identity(plan, self.model.config.watched_streams)
         room = self._room(plan, sampling)
         cache, reused = self._prefilled(plan, own, room)
         record.num_prompt_tokens, record.num_reused_tokens = plan.num_tokens, reused
+        record.choices = plan.choices
         states = self._read(suffix(plan, reused), cache, reused)
         generator = make_generator(sampling, self.device)
         try:
             for step in range(room):
-                token_B = draw(self.model.token_logits(states), sampling, generator)
+                token_B = self._next(states, sampling, generator, [record.ids])
                 token = int(token_B[0])
-                if token == end:
+                if token in ends:
                     record.finish = "stop"
                     return
                 record.ids.append(token)
@@ -125,14 +132,21 @@ class Engine:
                     states = self._step(token_B, cache)
         finally:
             # The answer is kept as well: the next turn of a conversation begins with it.
-            self.prefixes.put((*own, *record.ids[: cache.length - len(own)]), cache)
+            if self.model.decoder.reuses_prefixes:
+                self.prefixes.put((*own, *record.ids[: cache.length - len(own)]), cache)
 
     @torch.inference_mode()
     def logits(self, sample: Sample, *, prompt: bool = True) -> Tensor:
-        """Logits of every position of the fused sequence, float32 ``[T, V]``."""
+        """Logits of every position of the fused sequence (of an encoder-decoder's answer), float32 ``[T, V]``."""
         plan = self._plan(sample) if prompt else self.processor.plan(sample)
         batch = to_device(self.processor.collate([self.processor.load(plan)], packed=False), self.device)
-        return self.model.token_logits(self.model.states(batch))[0].float()
+        return self.model.token_logits(self.model.states(batch)[0, plan.num_source :]).float()
+
+    @torch.inference_mode()
+    def next_logits(self, example: Example) -> Tensor:
+        """Logits of what follows a laid-out example, float32 ``[V]``."""
+        batch = to_device(self.processor.collate([example], packed=False), self.device)
+        return self.model.token_logits(self.model.states(batch)[0, -1]).float()
 
     @torch.inference_mode()
     def embed(self, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -155,14 +169,30 @@ class Engine:
         batch = to_device(self.processor.batch(samples), self.device)
         return torch.as_tensor(self.model(batch, passes=("merge",)).class_logits).float().cpu()
 
+    @torch.inference_mode()
+    def match_logits(self, samples: Sequence[Sample]) -> Tensor:
+        """The matching head's logit for view-set samples, float32 ``[S]`` on the CPU.
+
+        Raises:
+            ConfigError: if the model has no matching head.
+        """
+        self.model.head("matching")
+        batch = to_device(self.processor.batch(samples), self.device)
+        return torch.as_tensor(self.model(batch, passes=("merge",)).match_logits).float().cpu()
+
     def _plan(self, sample: Sample) -> Plan:
         return self.processor.plan(sample, prompt=True)
 
-    def _end_id(self) -> int:
+    def _end_ids(self) -> frozenset[int]:
+        """Ids that end an answer: the chat format's end token, and those that the checkpoint names besides."""
         chat = self.processor.chat
         if chat is None:
             raise SampleError("request", "this model has no decoder: it embeds and compares, it does not answer")
-        return self.processor.tokenizer.control(chat.end)
+        stop_ids: tuple[int, ...] = getattr(self.model.config.backbone, "stop_ids", ())
+        tokenizer = self.processor.tokenizer
+        if stop_ids and chat.end == END and tokenizer.eos_id is None:
+            return frozenset(stop_ids)
+        return frozenset((tokenizer.control(chat.end), *stop_ids))
 
     def _room(self, plan: Plan, sampling: Sampling) -> int:
         room = min(sampling.max_new_tokens, self.processor.max_tokens - plan.num_tokens)
@@ -175,24 +205,39 @@ class Engine:
         return room
 
     def _generate(self, plans: Sequence[Plan], sampling: Sampling) -> list[Generation]:
+        return self.generate_examples([self.processor.load(plan) for plan in plans], sampling)
+
+    @torch.inference_mode()
+    def generate_examples(
+        self, examples: Sequence[Example], sampling: Sampling, rule: Rule | None = None
+    ) -> list[Generation]:
+        """Continue laid-out examples in one batch.
+
+        Args:
+            examples: the prompts with their media.
+            sampling: how to draw.
+            rule: changes the logits ``[B, V]`` of a step, given what each row has written so far.
+
+        Raises:
+            SampleError: if a prompt leaves no room for an answer.
+        """
+        plans = [example.plan for example in examples]
         rooms = [self._room(plan, sampling) for plan in plans]
         longest = max(plan.num_tokens for plan in plans)
-        batch = to_device(
-            self.processor.collate([self.processor.load(plan) for plan in plans], packed=False), self.device
-        )
-        cache = self.model.decoder.transformer.new_cache(len(plans), longest + max(rooms))
+        batch = to_device(self.processor.collate(examples, packed=False), self.device)
+        cache = self.model.decoder.new_cache(len(plans), longest + max(rooms))
         states_BTD = self.model.states(batch, cache)
         last_B = batch.is_valid.sum(1) - 1
         states = states_BTD[torch.arange(len(plans), device=self.device), last_B]
         results = [Generation(num_prompt_tokens=plan.num_tokens) for plan in plans]
         generator = make_generator(sampling, self.device)
-        end, alive = self._end_id(), list(range(len(plans)))
+        ends, alive = self._end_ids(), list(range(len(plans)))
         while alive:
-            token_B = draw(self.model.token_logits(states), sampling, generator)
+            token_B = self._next(states, sampling, generator, [results[row].ids for row in alive], rule)
             kept = []
             for row, token in enumerate(token_B.tolist()):
                 result = results[alive[row]]
-                if token == end:
+                if token in ends:
                     result.finish = "stop"
                     continue
                 result.ids.append(token)
@@ -208,11 +253,38 @@ class Engine:
             states = self._step(token_B, cache)
         return results
 
+    def _next(
+        self,
+        states_BD: Tensor,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        written: Sequence[Sequence[int]],
+        rule: Rule | None = None,
+    ) -> Tensor:
+        """The next token of each row, int64 ``[B]``; all rows have written equally much."""
+        logits_BV = self.model.token_logits(states_BD)
+        suppressed = self._suppressed[0 if written[0] else 1]
+        if suppressed:
+            index = torch.tensor(suppressed, device=logits_BV.device)
+            logits_BV = logits_BV.index_fill(-1, index, -torch.inf)
+        if rule is not None:
+            logits_BV = rule(logits_BV, written)
+        return draw(logits_BV, sampling, generator)
+
+    @cached_property
+    def _suppressed(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids that the head never generates: at any place, and as the first of an answer."""
+        heads = self.model.config.heads.values()
+        config = next((head for head in heads if isinstance(head, NextTokenConfig)), NextTokenConfig())
+        return config.suppress, (*config.suppress, *config.suppress_first)
+
     def _prefilled(self, plan: Plan, own: tuple[Any, ...], room: int) -> tuple[KVCache, int]:
         slots = plan.num_tokens + room
-        reused, found = self.prefixes.find(plan, own)
-        if found is None:
-            return self.model.decoder.transformer.new_cache(1, slots), 0
+        reused, found = self.prefixes.find(plan, own) if self.model.decoder.reuses_prefixes else (0, None)
+        watched = self.model.config.watched_streams
+        if found is None or any(span.stream in watched and span.start >= reused for span in plan.spans):
+            # The cache knows what the decoder looks at after the prefix, and no later item.
+            return self.model.decoder.new_cache(1, slots), 0
         held = found.clone(max_tokens=max(slots, found.length))
         held.crop(reused)
         return held, reused
@@ -221,9 +293,7 @@ class Engine:
         """Prefill the rest of a prompt; returns the last state ``[1, D]``."""
         batch = self.processor.collate([self.processor.load(plan)], packed=False)
         batch.positions = batch.positions + start
-        batch = to_device(batch, self.device)
-        x_BTD = self.model.embed_sequence(batch)
-        return torch.as_tensor(self.model.decoder(x_BTD, batch_layout(batch), cache))[:, -1]
+        return self.model.states(to_device(batch, self.device), cache)[:, -1]
 
     def _step(self, token_B: Tensor, cache: KVCache) -> Tensor:
         """Read one token per row; returns the new states ``[B, D]``."""

@@ -6,7 +6,7 @@ A media item asked about again is neither encoded nor prefilled again.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +16,14 @@ from polymodal.models.layers.cache import KVCache
 Identity = tuple[Hashable, ...]
 
 
-def identity(plan: Plan) -> Identity:
+def identity(plan: Plan, watched: Collection[str] = ()) -> Identity:
     """What each token of a plan is: a text id, or ``(stream, content key, offset)`` of a media token.
 
     Two prompts whose identities share a prefix have equal keys and values there.
+
+    Args:
+        plan: the plan.
+        watched: streams that the decoder looks at from any token: what their items are is part of the first one.
     """
     tokens: list[Hashable] = list(plan.ids)
     keys: dict[int, str] = {}
@@ -29,11 +33,19 @@ def identity(plan: Plan) -> Identity:
             keys[id(part)] = part.content_key()
         for offset in range(span.length):
             tokens[span.start + offset] = (span.stream, keys[id(part)], offset)
+    seen = [(stream, part.content_key()) for stream in watched for part, _ in plan.items.get(stream, ())]
+    if seen:
+        tokens[0] = (tokens[0], *seen)
     return tuple(tokens)
 
 
 def suffix(plan: Plan, start: int) -> Plan:
-    """The plan of the tokens from ``start`` on, with the media they need; ``start`` must not lie inside a span."""
+    """The plan of the tokens from ``start`` on, with the media they need; ``start`` must not lie inside a span.
+
+    Items that stand nowhere in the sequence, which the decoder looks at, belong to what was read before ``start``.
+    """
+    if start == 0:
+        return plan
     spans: list[Span] = []
     items: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
     for span in plan.spans:
@@ -76,7 +88,7 @@ class PrefixCache:
     @property
     def num_bytes(self) -> int:
         """Bytes of keys and values kept."""
-        return sum(_bytes(entry) for entry in self._entries.values())
+        return sum(entry.num_bytes for entry in self._entries.values())
 
     def find(self, plan: Plan, own: Identity) -> tuple[int, KVCache | None]:
         """The longest shared prefix: its length and the cache that holds it (not a copy).
@@ -103,7 +115,3 @@ class PrefixCache:
         self._entries.move_to_end(tuple(own))
         while self._entries and self.num_bytes > self.max_bytes:
             self._entries.popitem(last=False)
-
-
-def _bytes(cache: KVCache) -> int:
-    return 2 * cache.keys.numel() * cache.keys.element_size()

@@ -6,7 +6,7 @@ Its work has three steps. ``plan`` lays a sample out from headers alone, ``load`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ from polymodal.core.config import unknown
 from polymodal.core.errors import NoTargetsError, PolymodalError, SampleError, TooLongError
 from polymodal.core.parts import Media
 from polymodal.core.samples import Sample, named
+from polymodal.modalities.budget import Choice, Want, fit_budget
 from polymodal.modalities.reader import Reader, checked_read
-from polymodal.modalities.text.chat import ChatFormat
+from polymodal.modalities.text.chat import Chat, Segment, tokenize
 from polymodal.modalities.text.tokenizer import Tokenizer
 
 
@@ -30,6 +31,10 @@ class StreamLayout:
         reader: the stream's reader.
         enters_sequence: whether its tokens stand among the text's.
         count_tokens: unit lengths of an item -> the tokens it will give (only for streams that enter the sequence).
+        view: the view of a sample that it reads, where that is not the modality's; then media of conversations are not
+            for it.
+        tokens: the most tokens of all its items in a sample; None: any number.
+        around: control token that stands before and behind each item's tokens, once between neighbours.
         cache_tag: names the reader, the encoder and its weights; part of every feature-cache key.
     """
 
@@ -37,6 +42,9 @@ class StreamLayout:
     enters_sequence: bool
     count_tokens: Callable[[tuple[int, ...]], int]
     cache_tag: str = ""
+    view: str | None = None
+    around: str | None = None
+    tokens: int | None = None
 
 
 class Processor:
@@ -49,22 +57,28 @@ class Processor:
         max_tokens: the longest sequence.
         overflow: what happens to a longer one: ``refuse`` it by name, or ``cut_text``: drop text from its end, which is
             refused as well where the cut would touch a media span or drop every target.
+        tokens: the most tokens of all media of a sample, unless the sample says its own; None: any number.
+        has_source: whether everything before the last answer goes to an encoder of its own (``Plan.num_source``).
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat: ChatFormat | None,
+        chat: Chat | None,
         streams: Mapping[str, StreamLayout],
         *,
         max_tokens: int,
         overflow: Literal["refuse", "cut_text"] = "refuse",
+        has_source: bool = False,
+        tokens: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat
         self.streams = dict(streams)
         self.max_tokens = max_tokens
         self.overflow = overflow
+        self.has_source = has_source
+        self.tokens = tokens
 
     def plan(self, sample: Sample, *, prompt: bool = False) -> Plan:
         """Lay a sample out from headers alone.
@@ -102,7 +116,7 @@ class Processor:
                 cached = has_features if layout.cache_tag else None
                 keys[name] = [f"{layout.cache_tag}:{part.content_key()}" for part, _ in items] if cached else []
                 inputs[name] = [
-                    None if cached and cached(keys[name][i]) else checked_read(layout.reader, part, lengths)
+                    None if cached and cached(keys[name][i]) else _read(layout.reader, part, lengths)
                     for i, (part, lengths) in enumerate(items)
                 ]
         except PolymodalError as error:
@@ -120,6 +134,7 @@ class Processor:
             sample_ids=[plan.id for plan in plans],
             labels=[plan.label for plan in plans],
             modalities=[plan.modalities for plan in plans],
+            source_lengths=tuple(plan.num_source for plan in plans) if self.has_source else None,
         )
 
     def batch(self, samples: Sequence[Sample], *, prompt: bool = False) -> Batch:
@@ -130,14 +145,11 @@ class Processor:
         if self.chat is None:
             raise SampleError(sample.id, "is a conversation, but this model has no decoder; expected 'views'")
         plan = Plan(sample.id, [], [], [], {})
-        for segment in self.chat.render(sample.messages, id=sample.id, prompt=prompt):
-            if segment.media is not None:
-                self._place(segment.media, plan)
-                continue
-            control = segment.control
-            ids = [self.tokenizer.control(control)] if control else self.tokenizer.encode(segment.text)
-            plan.ids += ids
-            plan.is_supervised += [segment.is_supervised] * len(ids)
+        chosen = self._within_budget(sample, plan)
+        segments = self.chat.render(sample.messages, id=sample.id, prompt=prompt)
+        if self.has_source:
+            segments = list(self._lay_out_source(sample, segments, plan, chosen))
+        self._lay_out(segments, plan, chosen)
         if not plan.ids or plan.is_supervised[0]:
             raise SampleError(sample.id, "has no token before its first target; expected a role or a question first")
         if not prompt:
@@ -149,30 +161,86 @@ class Processor:
         plan.modalities = tuple(sorted({part.modality for part in sample.media()}))
         return plan
 
-    def _place(self, part: Media, plan: Plan) -> None:
-        names = [name for name, layout in self.streams.items() if layout.reader.modality == part.modality]
+    def _within_budget(self, sample: Sample, plan: Plan) -> Iterator[Choice] | None:
+        """How each item that enters the sequence is read, in order; None where no budget is set."""
+        total = self.tokens if sample.tokens is None else sample.tokens
+        budgets = {name: layout.tokens for name, layout in self.streams.items() if layout.tokens is not None}
+        if total is None and not budgets:
+            return None
+        wants = [
+            Want(name, part, self.streams[name].reader, self.streams[name].count_tokens)
+            for part in sample.media()
+            for name in self._streams_of(part, plan)
+            if self.streams[name].enters_sequence
+        ]
+        chosen, plan.choices = fit_budget(wants, total, budgets, sample.id)
+        return iter(chosen)
+
+    def _lay_out(self, segments: Sequence[Segment], plan: Plan, chosen: Iterator[Choice] | None) -> None:
+        for run in tokenize(segments, self.tokenizer):
+            if run.media is not None:
+                self._place(run.media, plan, chosen)
+                continue
+            plan.ids += run.ids
+            plan.is_supervised += [run.is_supervised] * len(run.ids)
+
+    def _lay_out_source(
+        self, sample: Sample, segments: Sequence[Segment], plan: Plan, chosen: Iterator[Choice] | None
+    ) -> Sequence[Segment]:
+        """Lay out everything before the last answer, which an encoder reads, and the answer's opening; the rest."""
+        assert self.chat is not None
+        messages = sample.messages
+        is_answered = bool(messages) and messages[-1].role == "assistant"
+        asked = messages[:-1] if is_answered else messages
+        count = len(self.chat.render(asked, id=sample.id))
+        self._lay_out(segments[:count], plan, chosen)
+        plan.num_source, plan.is_supervised = plan.num_tokens, [False] * plan.num_tokens
+        opening = next((place for place, item in enumerate(segments[count:]) if not item.control), len(segments))
+        self._lay_out(segments[count : count + opening], plan, chosen)
+        return segments[count + opening :]
+
+    def _streams_of(self, part: Media, plan: Plan) -> list[str]:
+        """The streams that read a part of a conversation."""
+        streams = self.streams.items()
+        names = [name for name, layout in streams if layout.view is None and layout.reader.modality == part.modality]
         if not names:
             takes = sorted({layout.reader.modality for layout in self.streams.values()} - {"text"})
             raise SampleError(plan.id, f"{part.name}: {unknown('modality for this model', part.modality, takes)}")
-        for name in names:
+        return names
+
+    def _place(self, part: Media, plan: Plan, chosen: Iterator[Choice] | None) -> None:
+        for name in self._streams_of(part, plan):
             layout = self.streams[name]
-            lengths = layout.reader.measure(part)
             items = plan.items.setdefault(name, [])
+            choice = next(chosen) if chosen is not None and layout.enters_sequence else None
+            lengths = layout.reader.measure(part) if choice is None else choice.lengths
             if layout.enters_sequence:
-                count = layout.count_tokens(lengths)
-                plan.spans.append(Span(name, len(items), plan.num_tokens, count))
+                tokens = layout.count_tokens(lengths) if choice is None else choice.tokens
+                pool = 1 if choice is None else choice.pool
+                count = -(-tokens // pool)
+                around = [] if layout.around is None else [self.tokenizer.control(layout.around)]
+                last = plan.spans[-1] if plan.spans else None
+                if not (last and plan.ids[last.start + last.length :] == around):
+                    plan.ids += around
+                    plan.is_supervised += [False] * len(around)
+                plan.spans.append(Span(name, len(items), plan.num_tokens, count, tokens, pool))
                 plan.ids += [self.tokenizer.media_id] * count
-                plan.is_supervised += [False] * count
-            items.append((part, lengths))
+                plan.ids += around
+                plan.is_supervised += [False] * (count + len(around))
+            # An item that is read in another way is other content, to every cache.
+            items.append((part if choice is None or choice.lost <= 1 else choice, lengths))
 
     def _plan_views(self, sample: Sample) -> Plan:
         plan = Plan(sample.id, [], [], [], {})
         for name, layout in self.streams.items():
-            part = sample.views.get(layout.reader.modality)
+            view, modality = layout.view or layout.reader.modality, layout.reader.modality
+            part = sample.views.get(view)
+            if part is not None and part.modality != modality:
+                raise SampleError(sample.id, f"view {view!r} is {part.modality}, the stream {name!r} reads {modality}")
             if part is not None:
                 plan.items[name] = [(part, layout.reader.measure(part))]
         if not plan.items:
-            takes = sorted({layout.reader.modality for layout in self.streams.values()})
+            takes = sorted({layout.view or layout.reader.modality for layout in self.streams.values()})
             raise SampleError(sample.id, f"has views {sorted(sample.views)}, this model takes {takes}")
         plan.modalities = tuple(sorted(name for name in sample.views if name != "text"))
         return plan
@@ -202,6 +270,7 @@ class Processor:
             owners: list[int] = []
             index: list[Any] = []
             tokens: list[int] = []
+            pools: list[tuple[int, int]] = []
             for row, example in enumerate(examples):
                 items = example.plan.items.get(name, [])
                 inputs += example.inputs.get(name, [])
@@ -213,6 +282,7 @@ class Processor:
                     start = offsets[row] + span.start
                     index.append(np.arange(start, start + span.length))
                     tokens.append(span.length)
+                    pools.append((span.tokens, span.pool))
             if not counts:
                 continue
             streams[name] = StreamBatch(
@@ -222,10 +292,18 @@ class Processor:
                 sample_of_item=np.asarray(owners, dtype=np.int64),
                 token_index=np.concatenate(index) if index else np.zeros(0, dtype=np.int64),
                 token_counts=tokens,
+                pools=pools if any(pool > 1 for _, pool in pools) else [],
                 keys=keys,
                 grids=[item.grid if item is not None else None for item in inputs],
             )
         return streams
+
+
+def _read(reader: Reader, part: Any, lengths: tuple[int, ...]) -> ModelInput:
+    """A part by its stream's reader, or by the one that a budget chose for it."""
+    if isinstance(part, Choice):
+        return checked_read(part.reader, part.part, lengths)
+    return checked_read(reader, part, lengths)
 
 
 def collate_units(inputs: Sequence[ModelInput], reader: Reader) -> StreamBatch:

@@ -9,6 +9,7 @@ from polymodal.core.config import Table
 from polymodal.core.limits import Limits
 from polymodal.modalities.audio import AudioReader, AudioReaderConfig
 from polymodal.modalities.image import ImageReader, ImageReaderConfig
+from polymodal.modalities.image.patches import PatchesReader, PatchesReaderConfig
 from polymodal.modalities.points import PointsReader, PointsReaderConfig
 from polymodal.modalities.reader import Reader, ReaderConfig
 from polymodal.modalities.sensor import SensorReader, SensorReaderConfig
@@ -28,6 +29,7 @@ READERS: Table[ReaderConfig] = Table(
     [
         TextReaderConfig,
         ImageReaderConfig,
+        PatchesReaderConfig,
         AudioReaderConfig,
         VideoReaderConfig,
         PointsReaderConfig,
@@ -41,4 +43,6 @@ def build_reader(config: ReaderConfig, limits: Limits, tokenizer: Tokenizer) -> 
     """The reader of a config; the tokenizer is for text readers."""
     if isinstance(config, TextReaderConfig):
         return TextReader(config, limits, tokenizer)
+    if isinstance(config, PatchesReaderConfig):
+        return PatchesReader(config, limits)
     return _MEDIA_READERS[config.modality](config, limits)

@@ -24,12 +24,13 @@ class Matching(ObjectiveConfig):
     Args:
         negatives: ``labels``: the samples' labels say which belong together; ``batch``: every sample does, and beside
             it stands one with a stream of another sample of the batch, drawn at random (ALBEF, arXiv 2107.07651,
-            section 3.2, without its mining of hard negatives).
+            section 3.2, without its mining of hard negatives); ``hard``: as there, beside it stands, for every two of
+            its streams, one with the second from a sample that looks alike in the shared space and has another label.
         positive: the label of a sample whose parts belong together; negative: of one whose parts do not.
     """
 
     use: Literal["matching"] = "matching"
-    negatives: Literal["labels", "batch"] = "labels"
+    negatives: Literal["labels", "batch", "hard"] = "labels"
     positive: str = "match"
     negative: str = "mismatch"
 
@@ -41,12 +42,12 @@ class Matching(ObjectiveConfig):
 
     @property
     def needs(self) -> Pass:  # type: ignore[override]
-        """``match`` where negatives are made, ``merge`` where labels name them."""
-        return "match" if self.negatives == "batch" else "merge"
+        """``match`` or ``match_hard`` where negatives are made, ``merge`` where labels name them."""
+        return {"batch": "match", "hard": "match_hard", "labels": "merge"}[self.negatives]
 
     def count(self, batch: Batch) -> int:
         """The samples that have a label; all of them where mismatches are made."""
-        return batch.num_samples if self.negatives == "batch" else sum(label is not None for label in batch.labels)
+        return batch.num_samples if self.negatives != "labels" else sum(label is not None for label in batch.labels)
 
     def __call__(self, outputs: Outputs, batch: Batch, targets_S: Tensor | None = None) -> LossReport:
         """The loss, in nats.
@@ -60,9 +61,11 @@ class Matching(ObjectiveConfig):
             SampleError: if a label is neither of the two.
         """
         logits_S = required(outputs.match_logits, self.use, "match_logits", "a matching head")
-        if targets_S is None and self.negatives == "batch":
+        if targets_S is None and self.negatives != "labels":
             false_N = required(outputs.mismatch_logits, self.use, "mismatch_logits", "a matching head")
-            true_N = logits_S[outputs.mismatch_samples]
+            # Of hard negatives a sample has several, and itself counts once (ALBEF).
+            samples = outputs.mismatch_samples
+            true_N = logits_S[samples if self.negatives == "batch" else torch.unique(samples)]
             logits_S = torch.cat([true_N, false_N])
             targets_S = torch.cat([torch.ones_like(true_N), torch.zeros_like(false_N)])
         elif targets_S is None:

@@ -6,6 +6,7 @@ Shape legend: ``I`` items of a stream, ``B`` samples that have both streams, ``D
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -142,7 +143,10 @@ class PairObjective(ObjectiveConfig):
             if pair is None or len(pair.samples_B) < self.min_rows:
                 continue
             relation = Relation(label_groups(batch, pair.samples_B), self.same_label)
-            losses[f"{first}-{second}"] = self.pair_loss(pair, relation, outputs)
+            scaled = outputs
+            if outputs.pair_scale is not None:
+                scaled = replace(outputs, scale=outputs.pair_scale(first, second))
+            losses[f"{first}-{second}"] = self.pair_loss(pair, relation, scaled)
             count += len(pair.samples_B)
         if not losses:
             return LossReport(torch.zeros(()))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from torch import Tensor
 
 from polymodal.core.batch import Batch, Outputs
 from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
+from polymodal.core.passes import Pass
 
-Pass = Literal["sequence", "embed", "merge", "match"]
-"""Which forward pass fills the outputs that an objective reads."""
+__all__ = ["LossReport", "ObjectiveConfig", "Pass", "TwinNeed", "required", "wide"]
 
 T = TypeVar("T")
 
@@ -33,10 +33,26 @@ class LossReport:
     count: int = 0
 
 
+class TwinNeed(NamedTuple):
+    """The momentum twin that an objective needs in training.
+
+    Args:
+        decay: of its weights, per step; queue: vectors of each stream of the shared space that are kept.
+    """
+
+    decay: float
+    queue: int
+
+
 class ObjectiveConfig(Config):
     """Base of the objectives: a config that is called with the outputs and the batch."""
 
     needs: ClassVar[Pass]
+
+    @property
+    def twin(self) -> TwinNeed | None:
+        """The momentum twin that it needs in training; None for most."""
+        return None
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
         """The loss of one batch."""

@@ -12,15 +12,42 @@ from torch import Tensor
 from polymodal.core.batch import Batch, Outputs
 from polymodal.core.config import Table
 from polymodal.core.errors import ConfigError
+from polymodal.core.passes import Pass
 from polymodal.objectives.classify import Classify
+from polymodal.objectives.consolidation import Consolidation
+from polymodal.objectives.ctc import Ctc
+from polymodal.objectives.distill import Distill
 from polymodal.objectives.infonce import InfoNCE
+from polymodal.objectives.masked import Caption, MaskedImage, MaskedText
+from polymodal.objectives.masked_patches import MaskedPatches
 from polymodal.objectives.matching import Matching
+from polymodal.objectives.momentum_contrast import MomentumContrast
 from polymodal.objectives.next_token import NextToken
+from polymodal.objectives.pair_contrast import PairContrast
 from polymodal.objectives.report import LossReport, ObjectiveConfig
 from polymodal.objectives.sigmoid_pairs import SigmoidPairs
 from polymodal.objectives.triplet import Triplet
 
-OBJECTIVES: Table[ObjectiveConfig] = Table("objective", [NextToken, InfoNCE, SigmoidPairs, Triplet, Matching, Classify])
+OBJECTIVES: Table[ObjectiveConfig] = Table(
+    "objective",
+    [
+        NextToken,
+        InfoNCE,
+        SigmoidPairs,
+        Triplet,
+        Matching,
+        Classify,
+        Ctc,
+        MaskedText,
+        MaskedImage,
+        MaskedPatches,
+        PairContrast,
+        Caption,
+        MomentumContrast,
+        Distill,
+        Consolidation,
+    ],
+)
 
 
 class WeightedObjective(NamedTuple):
@@ -56,6 +83,11 @@ def parse_objectives(mapping: Mapping[str, Any], where: str = "objectives") -> l
         config = OBJECTIVES.parse({"use": name, **data}, place)
         result.append(WeightedObjective(name, float(weight), config))
     return result
+
+
+def passes_of(objectives: Iterable[WeightedObjective]) -> frozenset[Pass]:
+    """The passes that must run for some objectives; those that read weights alone need none."""
+    return frozenset(entry.config.needs for entry in objectives if entry.config.needs is not None)
 
 
 class Losses(NamedTuple):

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from polymodal.core.errors import ConfigError, DataError
-from polymodal.core.parts import Text
-from polymodal.core.samples import Sample
-from polymodal.data.planner import BAD_SAMPLE
-from polymodal.data.sources import open_source
+from polymodal.core.errors import ConfigError
 from polymodal.modalities.processor import Processor, StreamLayout
 from polymodal.modalities.table import build_reader
-from polymodal.modalities.text import ChatFormat, Tokenizer, chat_format, train_bpe
-from polymodal.models.backbones.decoder import DecoderConfig
+from polymodal.modalities.text import Tokenizer
+from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import MultimodalModel
-from polymodal.models.entries.table import SequenceEntry
 from polymodal.models.weights.assign import no_weights
+from polymodal.recipes.extending import base_tokenizers, fill_base
 from polymodal.recipes.published import Published, fill_sources
-from polymodal.recipes.schema import Recipe
-
-_TOKENIZER_SAMPLES = 20_000
-"""Samples per source that a tokenizer is trained on; more changes little and takes time."""
+from polymodal.recipes.schema import PartSource, Recipe
+from polymodal.recipes.tokenizers import make_text_tokenizers, make_tokenizer, recipe_chat, vocabulary_rows
 
 
 @dataclass(slots=True)
@@ -38,22 +30,45 @@ class Assembly:
     tokenizer: Tokenizer
     processor: Processor
     network: MultimodalModel
+    text_tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    """Of text streams with a tokenizer of their own."""
 
 
-def assemble(recipe: Recipe, tokenizer: Tokenizer | None = None, *, with_sources: bool = True) -> Assembly:
+def assemble(
+    recipe: Recipe,
+    tokenizer: Tokenizer | None = None,
+    text_tokenizers: Mapping[str, Tokenizer] | None = None,
+    *,
+    with_sources: bool = True,
+) -> Assembly:
     """Build everything that a recipe describes, with random weights drawn from its seed, or from ``recipe.sources``.
 
     Args:
         recipe: the recipe.
         tokenizer: the tokenizer of an existing run; None makes the recipe's own.
+        text_tokenizers: those of its text streams; None or an empty mapping makes the recipe's own.
         with_sources: whether parts with a source get its weights; not needed where all weights are read next.
     """
+    if tokenizer is None and (base := base_tokenizers(recipe)) is not None:
+        tokenizer, text_tokenizers = base
     tokenizer = tokenizer or make_tokenizer(recipe)
+    text_tokenizers = text_tokenizers or make_text_tokenizers(recipe)
     torch.manual_seed(recipe.seed)
-    network = MultimodalModel(recipe.model, tokenizer.size)
+    network = _network(recipe, tokenizer, text_tokenizers)
     if with_sources and recipe.sources:
         fill_sources(network, recipe.sources)
-    return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer), network)
+    if with_sources and recipe.extend is not None:
+        fill_base(network, recipe)
+    return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer, text_tokenizers), network, text_tokenizers)
+
+
+def _network(recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer]) -> MultimodalModel:
+    controls = {
+        name: text_tokenizers.get(name, tokenizer).controls
+        for name, stream in recipe.model.streams.items()
+        if stream.modality == "text"
+    }
+    return MultimodalModel(recipe.model, vocabulary_rows(recipe.model.tokenizer, tokenizer), controls)
 
 
 def load_published(source: str | os.PathLike[str]) -> Assembly:
@@ -67,77 +82,43 @@ def load_published(source: str | os.PathLike[str]) -> Assembly:
         ConfigError: if the architecture has no native form.
     """
     published = Published(source)
-    recipe = Recipe(name=published.folder.path.name, model=published.model)
-    tokenizer = make_tokenizer(recipe)
+    whole = PartSource(folder=str(published.folder.path), part="")
+    recipe = Recipe(name=published.folder.path.name, model=published.model, sources={"": whole})
+    tokenizer, text_tokenizers = make_tokenizer(recipe), make_text_tokenizers(recipe)
     with no_weights():
-        network = MultimodalModel(recipe.model, tokenizer.size)
+        network = _network(recipe, tokenizer, text_tokenizers)
     published.fill(network)
-    return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer), network.float())
+    processor = make_processor(recipe, tokenizer, text_tokenizers)
+    return Assembly(recipe, tokenizer, processor, network.float(), text_tokenizers)
 
 
-def recipe_chat(recipe: Recipe) -> ChatFormat | None:
-    """The chat format of the recipe's decoder; None without one."""
-    backbone = recipe.model.backbone
-    return chat_format(backbone.chat) if isinstance(backbone, DecoderConfig) else None
-
-
-def make_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The recipe's tokenizer: read from its file, or trained on the text of its data.
-
-    Raises:
-        DataError: if it must be trained and there is no text.
-    """
-    config = recipe.model.tokenizer
-    chat = recipe_chat(recipe)
-    controls = chat.controls if chat else ()
-    if config.path is not None:
-        return Tokenizer.load(config.path, controls)
-    if not reads_text(recipe):
-        # Bytes alone: nothing will be encoded, and a run folder holds a tokenizer whatever its model reads.
-        return train_bpe([], config.vocab_size, controls)
-    texts = list(training_texts(recipe))
-    if not texts:
-        raise DataError("the tokenizer is to be trained on the recipe's data, and the data holds no text")
-    return train_bpe(texts, config.vocab_size, controls)
-
-
-def reads_text(recipe: Recipe) -> bool:
-    """Whether any part of the model takes token ids."""
-    model = recipe.model
-    return isinstance(model.backbone, DecoderConfig) or any(s.modality == "text" for s in model.streams.values())
-
-
-def training_texts(recipe: Recipe) -> Iterator[str]:
-    """The texts of every source of every stage, each source once, at most ``20,000`` samples of each."""
-    paths = dict.fromkeys(entry.path for stage in recipe.stages for entry in stage.data)
-    for path in paths:
-        source = open_source(Path(recipe.data_root) / path)
-        step = max(1, len(source) // _TOKENIZER_SAMPLES)
-        for index in range(0, len(source), step):
-            # A malformed sample is the loader's to name and count.
-            with contextlib.suppress(*BAD_SAMPLE):
-                yield from sample_texts(source[index])
-
-
-def sample_texts(sample: Sample) -> Iterable[str]:
-    """Every text of a sample."""
-    parts = [part for message in sample.messages for part in message.parts]
-    return (part.text for part in (*parts, *sample.views.values()) if isinstance(part, Text))
-
-
-def make_processor(recipe: Recipe, tokenizer: Tokenizer) -> Processor:
+def make_processor(
+    recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer] | None = None
+) -> Processor:
     """The processor of a recipe: its readers, and the token counts that its config derives."""
+    own = text_tokenizers or {}
     model = recipe.model
     streams = {}
     for name, stream in model.streams.items():
         assert stream.reader is not None
         streams[name] = StreamLayout(
-            reader=build_reader(stream.reader, recipe.limits, tokenizer),
-            enters_sequence=isinstance(stream.enters, SequenceEntry),
-            count_tokens=partial(model.count_tokens, name),
+            reader=build_reader(stream.reader, recipe.limits, own.get(name, tokenizer)),
+            enters_sequence=model.has_placeholders(name),
+            count_tokens=partial(model.count_placeholders, name),
+            around=getattr(stream.enters, "around", None),
+            view=stream.view,
+            tokens=stream.tokens,
         )
     backbone = model.backbone
-    max_tokens = backbone.max_tokens if isinstance(backbone, DecoderConfig) else 1
+    max_tokens = backbone.max_tokens if isinstance(backbone, CausalConfig) else 1
     if not streams and recipe_chat(recipe) is None:
         raise ConfigError("the model has neither streams nor a decoder")
-    return Processor(tokenizer, recipe_chat(recipe), streams, max_tokens=max_tokens, overflow=recipe.overflow)
+    return Processor(
+        tokenizer,
+        recipe_chat(recipe),
+        streams,
+        max_tokens=max_tokens,
+        overflow=recipe.overflow,
+        tokens=recipe.tokens,
+        has_source=isinstance(backbone, CausalConfig) and backbone.has_source,
+    )

@@ -16,14 +16,15 @@ from typing import Any, Literal, TypeVar
 from polymodal.core.errors import CheckFailed, PolymodalError
 from polymodal.data.sources import open_source
 from polymodal.evaluation.tasks import TASKS
-from polymodal.models.adapters import merge_lora
 from polymodal.recipes import proofs_of_data as data
 from polymodal.recipes import proofs_of_training as training
 from polymodal.recipes.assemble import Assembly, assemble
+from polymodal.recipes.lessons import check_old_stages, open_teachers
 from polymodal.recipes.loading import dump_recipe, load_recipe
 from polymodal.recipes.run import stage_sources
 from polymodal.recipes.schema import Recipe
 from polymodal.training.freezing import apply_train, fingerprint
+from polymodal.training.lessons import Lessons
 from polymodal.training.stage import StageConfig
 from polymodal.training.weights import read_weights, save_weights
 
@@ -119,11 +120,11 @@ class _Prover:
             return
         self._add(Proof(name, where, "skipped" if figure is None else "ok", figure or "does not apply"))
 
-    def get(self, name: str, where: str, make: Callable[[], T], figure: Callable[[T], str]) -> T | None:
+    def get(self, name: str, where: str, make: Callable[[], T], figure: Callable[[T], str | None]) -> T | None:
         """Like calling, for a step whose result the next proofs need; None if it failed."""
         made: list[T] = []
 
-        def proof() -> str:
+        def proof() -> str | None:
             made.append(make())
             return figure(made[0])
 
@@ -161,10 +162,18 @@ def _check_stage(prove: _Prover, parts: Assembly, stage: StageConfig) -> None:
     )
     if trained is None:
         return
-    attempt = training.Attempt(probe, trial, trained)
+    prove("what must be kept is there", where, lambda: check_old_stages(parts.recipe, stage))
+    lessons = prove.get("teachers fit", where, lambda: open_teachers(parts, stage, "cpu"), _teachers)
+    if lessons is None:
+        return
+    attempt = training.Attempt(probe, trial, trained, lessons)
     prove("frozen parts stay frozen", where, lambda: training.frozen(attempt))
     prove("every trained part gets a gradient", where, lambda: training.reached(attempt))
     prove("predicted cost", where, lambda: training.cost(attempt, sources))
+
+
+def _teachers(lessons: Lessons) -> str | None:
+    return ", ".join(lessons.teachers) or None
 
 
 def _reloads(recipe: Recipe) -> str:
@@ -198,8 +207,7 @@ def _sizes(parts: Assembly) -> str:
 
 
 def _saves(parts: Assembly) -> str:
-    network = copy.deepcopy(parts.network)
-    merge_lora(network)
+    network = parts.network
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_weights(network, path)

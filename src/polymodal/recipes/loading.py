@@ -22,13 +22,13 @@ def preset_names() -> list[str]:
 
 
 def preset_text(name: str) -> str:
-    """The YAML of a preset, comments included.
+    """The YAML of a preset, comments included, or that of a published size.
 
     Raises:
         ConfigError: if there is none of that name.
     """
     if name not in preset_names():
-        raise ConfigError(unknown("preset", name, preset_names()))
+        return yaml.safe_dump(_preset(name), sort_keys=False, width=120)
     return (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -46,17 +46,33 @@ def load_recipe(recipe: str | os.PathLike[str] | dict[str, Any] | Recipe, overri
     else:
         path = Path(recipe)
         if not path.is_file():
-            if os.fspath(recipe) not in preset_names():
-                raise ConfigError(f"{recipe}: is no file, and {unknown('preset', recipe, preset_names())}")
-            path = PRESETS / f"{os.fspath(recipe)}.yaml"
-        data, where = load_yaml(_read(path), str(recipe)), str(recipe)
+            data, where = _preset(os.fspath(recipe)), str(recipe)
+        else:
+            data, where = load_yaml(_read(path), str(recipe)), str(recipe)
     data = apply_overrides(data, overrides)
+    if data.get("extend") is not None:
+        from polymodal.recipes.extending import resolve_extension
+
+        data = resolve_extension(data)
     if _names_checkpoints(data.get("model")):
         # Only recipes that take parts of published checkpoints pay for reading them.
         from polymodal.recipes.published import resolve
 
         data = resolve(data)
     return Recipe.parse(data, where)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """A preset's data: a file of the package, or a published size."""
+    if name in preset_names():
+        return load_yaml(_read(PRESETS / f"{name}.yaml"), name)
+    from polymodal.models.presets import published_names
+    from polymodal.recipes.published import published_recipe
+
+    if name not in published_names():
+        valid = [*preset_names(), *published_names()]
+        raise ConfigError(f"{name}: is no file, and {unknown('preset', name, valid)}")
+    return published_recipe(name)
 
 
 def _names_checkpoints(value: Any) -> bool:

@@ -7,25 +7,34 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from polymodal.core.config import unknown
 from polymodal.core.errors import CheckpointError, ConfigError, SampleError
 from polymodal.core.parts import Part, Text
 from polymodal.core.samples import Message, Sample, conversation
 from polymodal.inference.engine import Engine, Generation
+from polymodal.inference.prefix import PrefixCache
+from polymodal.inference.quantised import quantise
 from polymodal.inference.sampling import Sampling
-from polymodal.modalities.text import Tokenizer, TokenStream
+from polymodal.inference.speech import Speech, Task, transcribe_speech
+from polymodal.inference.transcription import transcribe_ctc
+from polymodal.modalities.text import ChatTemplate, Tokenizer, TokenStream
+from polymodal.models.adapters import DEFAULT, merge_adapters, use_adapters
 from polymodal.models.heads.table import ClassConfig, ProjectionHead
 from polymodal.models.presets import Vocabulary
 from polymodal.models.weights.assign import wanted_names
-from polymodal.models.weights.folder import CONFIG
-from polymodal.recipes.assemble import Assembly, assemble, load_published, reads_text
+from polymodal.models.weights.folder import is_checkpoint
+from polymodal.recipes.adapters_hub import export_adapter, load_adapter
+from polymodal.recipes.assemble import Assembly, assemble, load_published
 from polymodal.recipes.loading import load_recipe
 from polymodal.recipes.published import export_hub
+from polymodal.recipes.tokenizers import read_text_tokenizers, reads_text, recipe_chat, write_tokenizer
 from polymodal.safety.checks import check_input
+from polymodal.training.freezing import keep_adapters
 from polymodal.training.weights import read_weights
 
 WEIGHTS = "model.safetensors"
@@ -44,6 +53,7 @@ class Answer:
         prompt_tokens: length of the prompt, media included.
         reused_tokens: how many of them came from the prefix cache.
         seconds: wall time.
+        choices: what was lessened to keep a budget of media tokens, in words.
     """
 
     text: str
@@ -52,6 +62,7 @@ class Answer:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     seconds: float = 0.0
+    choices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -81,6 +92,7 @@ class Model:
     def __init__(self, assembly: Assembly, device: str | None = None) -> None:
         self.recipe = assembly.recipe
         self.tokenizer = assembly.tokenizer
+        self.text_tokenizers = assembly.text_tokenizers
         self.network = assembly.network
         precision = self.recipe.precision
         self.compute = precision.model_copy(update={"device": device or precision.device}).resolve()
@@ -88,7 +100,12 @@ class Model:
         self.engine = Engine(self.network, assembly.processor)
 
     def chat(
-        self, *parts: Part | str, history: Sequence[Message] = (), sampling: Sampling | None = None, **options: Any
+        self,
+        *parts: Part | str,
+        history: Sequence[Message] = (),
+        sampling: Sampling | None = None,
+        tokens: int | None = None,
+        **options: Any,
     ) -> Answer:
         """Answer one user turn.
 
@@ -96,6 +113,7 @@ class Model:
             parts: text and media in reading order.
             history: earlier messages.
             sampling: how to draw; or its fields as keywords (``max_new_tokens=20``).
+            tokens: the most tokens of all media; ``Answer.choices`` says what became fewer for it.
             options: fields of :class:`Sampling`.
 
         Raises:
@@ -104,7 +122,7 @@ class Model:
         """
         started = time.perf_counter()
         generation = Generation()
-        pieces = list(self._stream(_turn(parts, history), sampling or Sampling.parse(options), generation))
+        pieces = list(self._stream(_turn(parts, history, tokens), sampling or Sampling.parse(options), generation))
         return Answer(
             "".join(pieces),
             tuple(generation.ids),
@@ -112,13 +130,19 @@ class Model:
             generation.num_prompt_tokens,
             generation.num_reused_tokens,
             time.perf_counter() - started,
+            tuple(generation.choices),
         )
 
     def stream(
-        self, *parts: Part | str, history: Sequence[Message] = (), sampling: Sampling | None = None, **options: Any
+        self,
+        *parts: Part | str,
+        history: Sequence[Message] = (),
+        sampling: Sampling | None = None,
+        tokens: int | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """Like :meth:`chat`, yielding the text piece by piece as it is drawn."""
-        return self._stream(_turn(parts, history), sampling or Sampling.parse(options), Generation())
+        return self._stream(_turn(parts, history, tokens), sampling or Sampling.parse(options), Generation())
 
     def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
         """Greedy answers to many conversations, batched; trailing assistant turns are left out of the prompts."""
@@ -126,17 +150,29 @@ class Model:
         generations = self.engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens))
         return [self.tokenizer.decode(generation.ids).strip() for generation in generations]
 
-    def embed(self, parts: Sequence[Part | str], batch_size: int = 64) -> NDArray[np.float32]:
+    def embed(
+        self, parts: Sequence[Part | str], batch_size: int = 64, stream: str | None = None
+    ) -> NDArray[np.float32]:
         """Unit vectors in the model's shared space, float32 ``[N, E]``, one per part.
 
+        Args:
+            parts: texts and media.
+            batch_size: parts at a time; the vector of one does not depend on the others.
+            stream: the stream that reads all of them; None takes the first of each part's modality without a view of
+                its own (``depth``).
+
         Raises:
-            ConfigError: if the model has no projection head.
+            ConfigError: if the model has no projection head, or no such stream.
             SampleError: if no stream of the shared space takes a part's modality.
         """
         wrapped = [Text(part) if isinstance(part, str) else part for part in parts]
         head = self.network.head("projection")
         assert isinstance(head, ProjectionHead)
-        spaces = {self.recipe.model.streams[name].modality: name for name in reversed(list(head.projs))}
+        streams = self.recipe.model.streams
+        if stream is not None and stream not in head.projs:
+            raise ConfigError(unknown("stream of the projection head", stream, list(head.projs)))
+        offered = [name for name in head.projs if stream == name or (stream is None and streams[name].view is None)]
+        spaces = {streams[name].modality: name for name in reversed(offered)}
         vectors = np.zeros((len(wrapped), head.config.dim), dtype=np.float32)
         by_modality: dict[str, list[int]] = {}
         for index, part in enumerate(wrapped):
@@ -146,7 +182,8 @@ class Model:
         for modality, indices in by_modality.items():
             for start in range(0, len(indices), batch_size):
                 rows = indices[start : start + batch_size]
-                views = [Sample(f"part {i}", views={modality: wrapped[i]}) for i in rows]
+                view = streams[spaces[modality]].view or modality
+                views = [Sample(f"part {i}", views={view: wrapped[i]}) for i in rows]
                 vectors[rows] = self.engine.embed(views)[spaces[modality]][0]
         return vectors
 
@@ -173,6 +210,56 @@ class Model:
         ]
         probabilities_SC = np.concatenate([*chances, np.zeros((0, len(classes)), np.float32)])
         return [classes[index] for index in probabilities_SC.argmax(1)], probabilities_SC
+
+    def match(self, samples: Sequence[Sample], batch_size: int = 256) -> NDArray[np.float32]:
+        """The chance that the parts of each view set belong together, by the model's matching head, float32 ``[S]``.
+
+        Raises:
+            ConfigError: if the model has no matching head.
+            SampleError: if a sample has none of the model's modalities.
+        """
+        found = [
+            self.engine.match_logits(samples[start : start + batch_size]).sigmoid().numpy()
+            for start in range(0, len(samples), batch_size)
+        ]
+        return np.concatenate([*found, np.zeros(0, np.float32)]).astype(np.float32)
+
+    @overload
+    def transcribe(self, parts: Part, **options: Any) -> str: ...
+
+    @overload
+    def transcribe(self, parts: Sequence[Part], **options: Any) -> list[str]: ...
+
+    def transcribe(
+        self,
+        parts: Part | Sequence[Part],
+        *,
+        language: str | None = None,
+        task: Task = "transcribe",
+        timestamps: bool = False,
+        batch_size: int = 8,
+    ) -> str | list[str]:
+        """What was said in a recording, or in each of several.
+
+        Args:
+            parts: a recording, or several.
+            language: spoken in them, as its code (``en``), for models that are told (Whisper); None listens.
+            task: ``transcribe``, or ``translate`` into English.
+            timestamps: whether the text says when each stretch begins and ends.
+            batch_size: recordings (or clips of one) at a time; the transcript of one does not depend on the others.
+
+        Raises:
+            ConfigError: if the model cannot transcribe, or not like that.
+            MediaError: if a recording cannot be used.
+        """
+        several = [parts] if isinstance(parts, Part) else list(parts)
+        if any(head.use == "ctc" for head in self.recipe.model.heads.values()):
+            if language is not None or task != "transcribe" or timestamps:
+                raise ConfigError("transcribe: this model writes what it hears, without language, task or timestamps")
+            found = transcribe_ctc(self.engine, several, batch_size)
+        else:
+            found = transcribe_speech(self.engine, several, Speech(language, task, timestamps), batch_size)
+        return found[0] if isinstance(parts, Part) else found
 
     def features(self, parts: Sequence[Part | str], stream: str | None = None) -> list[PartFeatures]:
         """What the encoders make of parts, one result per part.
@@ -213,11 +300,71 @@ class Model:
         """
         tensors = self.network.state_dict()
         unique = {name: tensors[name] for name in wanted_names(self.network)}
-        vocabulary = Vocabulary(self.tokenizer.size, self.tokenizer.controls)
-        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture)
+        own = self.tokenizer
+        has_pad = own.names.pad is not None
+        vocabulary = Vocabulary(own.size, own.controls, own.bos_id, own.eos_id, own.pad_id if has_pad else None)
+        sources = [source.folder for source in self.recipe.sources.values()]
+        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, sources)
         if reads_text(self.recipe):
-            self.tokenizer.save(Path(out) / TOKENIZER)
+            chat = recipe_chat(self.recipe)
+            write_tokenizer(own, Path(out), chat)
+            if isinstance(chat, ChatTemplate):
+                # Processors of several modalities look for it in a file of its own.
+                (Path(out) / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+        elif len(self.text_tokenizers) == 1:
+            write_tokenizer(next(iter(self.text_tokenizers.values())), Path(out))
         return name
+
+    def load_adapter(self, source: str | os.PathLike[str], name: str = DEFAULT) -> list[str]:
+        """Give the model an adapter in the hub's layout; it acts from now on, beside those that act already.
+
+        Args:
+            source: a folder with ``adapter_config.json``, or a hub id.
+            name: what to call it.
+
+        Returns:
+            The paths of the adapted modules.
+
+        Raises:
+            CheckpointError: if the folder is no adapter, or tensors of it match nothing in the model; all are listed.
+            ConfigError: if the name is taken, or there is no native form of its kind.
+        """
+        paths = load_adapter(self.recipe, self.network, source, name)
+        self._forget()
+        return paths
+
+    def use_adapters(self, names: Sequence[str]) -> None:
+        """Let exactly these adapters act; none: the model as it is without.
+
+        Raises:
+            ConfigError: if there is no adapter of a name.
+        """
+        use_adapters(self.network, names)
+        self._forget()
+
+    def merge(self, names: Sequence[str] | None = None) -> list[str]:
+        """Merge adapters into the weights; every output stays the same, within rounding.
+
+        Args:
+            names: which ones; None: those that act.
+
+        Returns:
+            The paths of the merged layers.
+
+        Raises:
+            ConfigError: if one cannot be merged; nothing has been changed then.
+        """
+        layers = merge_adapters(self.network, names).layers
+        self._forget()
+        return layers
+
+    def export_adapter(self, out: str | os.PathLike[str], name: str = DEFAULT) -> Path:
+        """Write one adapter in the hub's layout; see :func:`polymodal.recipes.adapters_hub.export_adapter`."""
+        return export_adapter(self.recipe, self.network, name, out)
+
+    def _forget(self) -> None:
+        """Keys and values of earlier prompts are those of other weights now."""
+        self.engine.prefixes = PrefixCache(self.engine.prefixes.max_bytes)
 
     def _stream(self, sample: Sample, sampling: Sampling, generation: Generation) -> Iterator[str]:
         verdict = check_input(sample)
@@ -234,41 +381,56 @@ class Model:
             yield rest
 
 
-def _turn(parts: tuple[Part | str, ...], history: Sequence[Message]) -> Sample:
+def _turn(parts: tuple[Part | str, ...], history: Sequence[Message], tokens: int | None = None) -> Sample:
     if not parts:
         raise ConfigError("found nothing to answer, expected at least one text or media part")
     turn = conversation(*parts)
-    return Sample(turn.id, (*history, *turn.messages))
+    return Sample(turn.id, (*history, *turn.messages), tokens=tokens)
 
 
 def _without_answer(sample: Sample) -> Sample:
     messages = sample.messages
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
-    return Sample(sample.id, messages, sample.views, sample.label, sample.meta)
+    return Sample(sample.id, messages, sample.views, sample.label, sample.meta, sample.tokens)
 
 
-def load(path: str | os.PathLike[str], device: str | None = None) -> Model:
+def load(path: str | os.PathLike[str], device: str | None = None, weights: str | None = None) -> Model:
     """The model of a run folder or of a published checkpoint.
 
     Args:
         path: the folder that ``polymodal train`` or ``quickstart`` wrote, a checkpoint folder as model hubs lay it out,
             or a hub id.
         device: ``cpu`` or ``cuda``; None takes the recipe's choice.
+        weights: store them in fewer bits, ``bf16``, ``int8`` or ``int4``; see :mod:`polymodal.inference.quantised`.
 
     Raises:
+        MissingExtraError: if int8 or int4 is asked for and torchao is not installed.
         CheckpointError: if the folder is neither, or its weights do not match its recipe or config.
         ConfigError: if a published architecture has no native form.
     """
+    model = Model(load_assembly(path), device)
+    if weights is not None:
+        quantise(model.network, weights)
+    return model
+
+
+def load_assembly(path: str | os.PathLike[str]) -> Assembly:
+    """The parts of :func:`load`'s model.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`load`.
+    """
     folder = Path(path)
-    if not (folder / RECIPE).is_file() and ((folder / CONFIG).is_file() or not folder.exists()):
-        return Model(load_published(path), device)
+    if not (folder / RECIPE).is_file() and (is_checkpoint(folder) or not folder.exists()):
+        return load_published(path)
     missing = [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(
             f"{folder}: is not a run folder: {', '.join(missing)} missing; expected what 'polymodal train' leaves there"
         )
     recipe = load_recipe(folder / RECIPE)
-    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER), with_sources=False)
+    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER), read_text_tokenizers(folder), with_sources=False)
+    keep_adapters(parts.network, ((stage.name, stage.train) for stage in recipe.stages))
     read_weights(parts.network, folder / WEIGHTS)
-    return Model(parts, device)
+    return parts

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from polymodal.core.batch import Batch
 from polymodal.core.errors import CheckFailed
 from polymodal.data.loader import Loader
 from polymodal.data.protocols import Source
 from polymodal.data.quarantine import Quarantine
+from polymodal.models.adapters import asleep_parameters
 from polymodal.models.compose import MultimodalModel
-from polymodal.objectives.table import weighted_losses
+from polymodal.models.layers.transformer import GatedCross
+from polymodal.objectives.table import passes_of, weighted_losses
 from polymodal.recipes.proofs_of_data import Probe, join
 from polymodal.training.checkpoints import Keep
 from polymodal.training.freezing import fingerprint, frozen_names, set_modes, train_report
+from polymodal.training.lessons import Lessons
 from polymodal.training.loop import StageContext, StageRun
 from polymodal.training.progress import Progress
 
@@ -32,11 +38,13 @@ class Attempt:
         probe: samples of its data.
         network: the copy, with the stage's adapters and ``requires_grad`` set.
         trained: the parameters that the stage names.
+        lessons: the teachers of its objectives.
     """
 
     probe: Probe
     network: MultimodalModel
     trained: set[str]
+    lessons: Lessons = field(default_factory=Lessons)
 
 
 def frozen(attempt: Attempt) -> str:
@@ -69,14 +77,13 @@ def _copy(network: MultimodalModel) -> dict[str, torch.Tensor]:
 
 def reached(attempt: Attempt) -> str:
     """Every part that the stage trains gets a gradient that is not zero from the stage's own data and objectives."""
-    _backward(attempt)
+    with open_gates(attempt.network):
+        _backward(attempt)
     gradients = {name: p.grad for name, p in attempt.network.named_parameters() if name in attempt.trained}
     # The update of an adapter starts at zero, and so does the first gradient of its inner half.
-    zero = {
-        name
-        for name, gradient in gradients.items()
-        if (gradient is None or not bool(gradient.any())) and not name.endswith("lora_a")
-    }
+    asleep = asleep_parameters(attempt.network)
+    gradients = {name: gradient for name, gradient in gradients.items() if name not in asleep}
+    zero = {name for name, gradient in gradients.items() if gradient is None or not bool(gradient.any())}
     attempt.network.zero_grad(set_to_none=True)
     groups = trained_parts(gradients)
     dead = sorted(part for part, names in groups.items() if all(name in zero for name in names))
@@ -87,6 +94,22 @@ def reached(attempt: Attempt) -> str:
         )
     rest = f"; {len(zero)} tensors without, such as {min(zero)}" if zero else ""
     return f"{len(groups)} parts, {len(gradients) - len(zero)} of {len(gradients)} tensors{rest}"
+
+
+@contextmanager
+def open_gates(network: nn.Module) -> Iterator[None]:
+    """Within it, closed gates stand open: they start at zero, let no gradient through, and open with the first step."""
+    gates = [gate for module in network.modules() if isinstance(module, GatedCross) for gate in module.gates]
+    closed = [gate for gate in gates if not bool(gate.detach().any())]
+    with torch.no_grad():
+        for gate in closed:
+            gate.fill_(1.0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for gate in closed:
+                gate.zero_()
 
 
 def trained_parts(names: Iterable[str]) -> dict[str, list[str]]:
@@ -103,9 +126,11 @@ def _backward(attempt: Attempt) -> None:
     """Gradients of the stage's objectives over the probed samples."""
     network, objectives = attempt.network, attempt.probe.stage.parsed_objectives()
     set_modes(network)
-    passes = {entry.config.needs for entry in objectives}
+    passes = passes_of(objectives)
     for batch in _batches(attempt.probe):
-        losses = weighted_losses(objectives, network(batch, passes), batch)
+        outputs = network(batch, passes)
+        attempt.lessons.add(network, objectives, batch, outputs, contextlib.nullcontext)
+        losses = weighted_losses(objectives, outputs, batch)
         if losses.total.requires_grad:
             losses.total.backward()  # type: ignore[no-untyped-call]
 
@@ -127,6 +152,8 @@ def cost(attempt: Attempt, sources: Sequence[Source]) -> str:
     weights = [entry.weight for entry in stage.data]
     compute = parts.recipe.precision.resolve()
     set_modes(attempt.network.to(compute.device))
+    for teacher in attempt.lessons.teachers.values():
+        teacher.to(compute.device)
     quarantine = Quarantine(max_rate=parts.recipe.max_bad_rate)
     with Loader(
         sources, weights, parts.processor, stage.batch, seed=parts.recipe.seed, quarantine=quarantine
@@ -139,5 +166,6 @@ def cost(attempt: Attempt, sources: Sequence[Source]) -> str:
             folder=Path(),
             keep=Keep(),
             progress=Progress(),
+            lessons=attempt.lessons,
         )
         return str(StageRun(context).predict(next(iter(loader))))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ from torch import Tensor, nn
 
 from polymodal.core.config import Config
 from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
+from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.models.compose.config import ModelConfig
-from polymodal.models.presets import ARCHITECTURES, Architecture, Vocabulary, find_architecture
+from polymodal.models.encoders.transformers_encoder import TransformersEncoder
+from polymodal.models.layers import TransformerConfig
+from polymodal.models.presets import ARCHITECTURES, Architecture, Vocabulary, find_architecture, find_size
 from polymodal.models.weights import HubConfigs, HubFolder
 from polymodal.models.weights.assign import assign, materialise, wanted_names, without_memory
+from polymodal.recipes.adapted import adapt, is_adapted
 from polymodal.recipes.schema import PartSource
 
 
@@ -114,6 +118,20 @@ def _parts(model: ModelConfig) -> Iterator[str]:
     yield from (f"heads.{name}" for name in model.heads)
 
 
+def published_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a published size, with random weights and no stages: a start to edit.
+
+    Args:
+        name: one of :func:`polymodal.models.presets.published_names`.
+
+    Raises:
+        ConfigError: if there is none of that name.
+    """
+    architecture, size = find_size(name)
+    model = architecture.model(HubConfigs(size.config, size.preprocessor))
+    return {"name": name, "model": model.to_data()}
+
+
 def find_folder(source: str | os.PathLike[str]) -> Path:
     """The local folder of a source: itself, or the hub's snapshot of that id.
 
@@ -157,6 +175,10 @@ def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
             continue
         source = value.pop("from")
         folder = source["folder"] if isinstance(source, dict) else str(source)
+        if is_adapted(value):
+            adapt(value, role, holder, key, find_folder(folder))
+            sources[path] = {"folder": folder, "part": ""}
+            continue
         published = read.setdefault(folder, Published(folder))
         part = published.part(path, role) if not isinstance(source, dict) else source["part"]
         found = published.config(part).to_data()
@@ -199,12 +221,21 @@ def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
     """
     read: dict[str, Published] = {}
     for path, source in sources.items():
+        part: Any = network.get_submodule(path)
+        if isinstance(part, TransformersEncoder | TransformersDecoder):
+            part.load_folder(find_folder(source.folder))
+            continue
         published = read.setdefault(source.folder, Published(source.folder))
         published.fill(network, path, source.part)
 
 
 def export_hub(
-    model: ModelConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, out: Path, name: str | None = None
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
+    out: Path,
+    name: str | None = None,
+    sources: Iterable[str] = (),
 ) -> str:
     """Write a model as a checkpoint folder of its published architecture.
 
@@ -214,6 +245,8 @@ def export_hub(
         vocabulary: of its tokenizer.
         out: a new or empty folder.
         name: the architecture; None takes the first whose configs read back to this model.
+        sources: checkpoints that the model's parts came from; weights that the published model has and ours does not
+            need (blocks after the one whose features are read) are taken from them.
 
     Returns:
         The architecture's name.
@@ -227,12 +260,16 @@ def export_hub(
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out}: is not empty; choose a new folder")
     chosen, files = _hub_files(model, vocabulary, name)
-    stored = ARCHITECTURES[chosen].names(model, ()).save(tensors, f"export as {chosen}")
+    table = ARCHITECTURES[chosen].names(model, ())
+    stored = table.save(tensors, f"export as {chosen}")
+    for folder in dict.fromkeys(sources):
+        theirs = HubFolder(find_folder(folder)).tensors
+        stored.update({key: theirs[key] for key in theirs if key not in stored and table.is_unused(key)})
     out.mkdir(parents=True, exist_ok=True)
     for file, data in files.items():
         (out / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     contiguous = {key: value.detach().cpu().contiguous() for key, value in stored.items()}
-    save_file(contiguous, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(contiguous, out / ARCHITECTURES[chosen].weights_file, metadata={"format": "pt"})
     return chosen
 
 
@@ -257,19 +294,24 @@ def _difference(model: ModelConfig, architecture: Architecture, files: Mapping[s
     """What is lost when the exported configs are read again; "" if nothing is."""
     again = architecture.model(
         HubConfigs(
-            files["config.json"],
+            files[architecture.config_file],
             files.get("preprocessor_config.json", {}),
             files.get("processor_config.json", {}),
             files.get("generation_config.json", {}),
             files.get("tokenizer_config.json", {}),
+            files.get("vocab.json", {}),
         )
     )
     return next(_differing(model.to_data(), again.to_data(), "model"), "")
 
 
 def _differing(ours: Any, again: Any, path: str) -> Iterator[str]:
-    if path == "model.tokenizer":
-        return
+    if path == "model.tokenizer" or path.endswith((".reader.tokenizer", ".encoder.vocab_size")):
+        return  # the tokenizer's affair
+    if path in ("model.backbone.chat", "model.backbone.stop_ids"):
+        return  # the chat template's and the generation config's
+    if path.endswith(".transformer") and isinstance(ours, dict) and isinstance(again, dict):
+        ours, again = (TransformerConfig.parse(stack).resolved().to_data() for stack in (ours, again))
     if isinstance(ours, dict) and isinstance(again, dict):
         for key in sorted(ours.keys() | again.keys()):
             yield from _differing(ours.get(key), again.get(key), f"{path}.{key}")

@@ -24,22 +24,24 @@ from polymodal.data.loader import Loader
 from polymodal.data.protocols import Source
 from polymodal.data.quarantine import Quarantine
 from polymodal.data.sources import open_source
-from polymodal.models.adapters import merge_lora
 from polymodal.models.compose import to_device
-from polymodal.objectives.table import Losses, weighted_losses
+from polymodal.objectives.table import Losses, passes_of, weighted_losses
 from polymodal.recipes.assemble import Assembly, assemble
+from polymodal.recipes.lessons import open_anchors, open_teachers, remove_anchors
 from polymodal.recipes.model import WEIGHTS
 from polymodal.recipes.run_folder import claim, disk_errors, is_finished, locked, run_tokenizer, save_tokenizer
 from polymodal.recipes.schema import Recipe
+from polymodal.recipes.tokenizers import read_text_tokenizers, write_text_tokenizers
 from polymodal.training.accumulate import mean_losses
 from polymodal.training.checkpoints import Keep
 from polymodal.training.features import FeatureStore
-from polymodal.training.freezing import apply_train
+from polymodal.training.freezing import apply_train, finish_train
+from polymodal.training.lessons import Lessons
 from polymodal.training.loop import StageContext, StageResult, StageRun
 from polymodal.training.precision import Compute
 from polymodal.training.progress import Progress, Update, make_progress
 from polymodal.training.stage import StageConfig
-from polymodal.training.weights import read_weights, save_weights
+from polymodal.training.weights import ADAPTERS_FILE, copy_weights, read_weights, save_adapters, save_weights
 
 
 @dataclass(slots=True)
@@ -95,8 +97,9 @@ def train(
             result.was_finished = True
             return result
         tokenizer = run_tokenizer(folder)
-        parts = assemble(recipe, tokenizer)
+        parts = assemble(recipe, tokenizer, read_text_tokenizers(folder))
         if tokenizer is None:
+            write_text_tokenizers(parts.text_tokenizers, folder)
             save_tokenizer(parts.tokenizer, folder)
         compute = recipe.precision.resolve()
         compute.apply()
@@ -122,10 +125,16 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
     done = folder / "weights.safetensors"
     network = run.parts.network
     if done.is_file():
+        # Adapters that stay after the stage are among its weights.
+        apply_train(network, stage.train, f"stages.{stage.name}.train")
+        finish_train(network, stage.train)
         read_weights(network, done)
         _remove_checkpoints(folder)
         return
     _seed(run.recipe.seed + 1000 * (index + 1))
+    for target, source in stage.copy_weights.items():
+        copied = copy_weights(network, target, source)
+        run.progress.note(f"{stage.name}: {target} starts with {copied} tensors of {source}")
     apply_train(network, stage.train, f"stages.{stage.name}.train")
     quarantine = Quarantine(run.out / "quarantine.jsonl", max_rate=run.recipe.max_bad_rate)
     sources = stage_sources(run.recipe, stage)
@@ -136,6 +145,8 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
         with Loader(
             sources, weights, processor, stage.batch, seed=seed, quarantine=quarantine, cache=features
         ) as loader:
+            lessons = open_teachers(run.parts, stage, run.compute.device)
+            lessons.anchors = open_anchors(run.parts, stage, run.compute, folder)
             context = StageContext(
                 stage=stage,
                 model=network,
@@ -145,7 +156,8 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
                 keep=Keep(last=run.recipe.keep_last, best="min" if stage.validation is not None else None),
                 progress=run.progress,
                 features=features,
-                validate=_validation(run, stage) if stage.validation is not None else None,
+                validate=_validation(run, stage, lessons) if stage.validation is not None else None,
+                lessons=lessons,
                 tensorboard=run.out / "tensorboard" / stage.name if run.recipe.tensorboard else None,
             )
             result.stages[stage.name] = StageRun(context).run()
@@ -155,8 +167,10 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
             f"{stage.name}: {quarantine.num_failed:,} of {quarantine.num_tried:,} samples could not be used; "
             f"each is named in {quarantine.path}"
         )
-    merge_lora(network)
+    save_adapters(network, folder / ADAPTERS_FILE)
+    finish_train(network, stage.train)
     save_weights(network, done)
+    remove_anchors(folder)
     _remove_checkpoints(folder)
 
 
@@ -194,11 +208,11 @@ def _features(run: _Run, stage: StageConfig, sources: list[Source]) -> Iterator[
         yield store
 
 
-def _validation(run: _Run, stage: StageConfig) -> Callable[[], float]:
+def _validation(run: _Run, stage: StageConfig, lessons: Lessons) -> Callable[[], float]:
     """The weighted objectives over the validation file, in evaluation mode."""
     assert stage.validation is not None
     objectives = stage.parsed_objectives()
-    passes = {entry.config.needs for entry in objectives}
+    passes = passes_of(objectives)
     path, network = Path(run.recipe.data_root) / stage.validation, run.parts.network
     source = open_source(path)
 
@@ -206,6 +220,7 @@ def _validation(run: _Run, stage: StageConfig) -> Callable[[], float]:
         moved = to_device(batch, run.compute.device)
         with run.compute.autocast():
             outputs = network(moved, passes)
+        lessons.add(network, objectives, moved, outputs, run.compute.autocast)
         return weighted_losses(objectives, outputs, moved)
 
     def loss() -> float:

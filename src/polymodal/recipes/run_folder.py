@@ -15,6 +15,7 @@ from polymodal.modalities.text import Tokenizer
 from polymodal.recipes.loading import dump_recipe, load_recipe
 from polymodal.recipes.model import RECIPE, TOKENIZER, WEIGHTS
 from polymodal.recipes.schema import Recipe
+from polymodal.recipes.tokenizers import write_tokenizer
 
 _LOCK = ".lock"
 _DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO))
@@ -53,9 +54,7 @@ def run_tokenizer(folder: Path) -> Tokenizer | None:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write the run's tokenizer, whole or not at all."""
-    path = folder / TOKENIZER
-    tokenizer.save(_partial(path))
-    _partial(path).replace(path)
+    write_tokenizer(tokenizer, folder)
 
 
 def is_finished(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 from polymodal.core.config import Config, unknown
 from polymodal.core.errors import ConfigError
 from polymodal.core.limits import Limits
+from polymodal.core.passes import kind_of
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.compose.model import supports
 from polymodal.models.heads.table import ClassConfig, ProjectionConfig
@@ -45,13 +46,18 @@ class Recipe(Config):
     limits: Limits = Limits()
     overflow: Literal["refuse", "cut_text"] = "refuse"
     """What happens to samples longer than the backbone's ``max_tokens``."""
+    tokens: PositiveInt | None = None
+    """The most tokens of all media of a sample: tiles, frames and detail become fewer until they fit. None: any number."""
     max_bad_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of unusable samples above which a run stops."""
     keep_last: PositiveInt = 2
     """Checkpoints kept besides the best."""
+    extend: str | None = None
+    """A finished run that this recipe adds to: its model is the run's with what stands here on top, and every part that
+    the run has starts with its weights."""
     sources: dict[str, PartSource] = Field(default_factory=dict)
     """Per part (``streams.image.encoder``, ``backbone``), the checkpoint that its first weights come from; filled in
-    where a part says ``from``."""
+    where a part says ``from``. The path "" stands for the whole model."""
     tensorboard: bool = False
     """Write TensorBoard logs into the run folder (extra ``log``)."""
 
@@ -75,10 +81,10 @@ class Recipe(Config):
         for stage in self.stages:
             for name, _, objective in stage.parsed_objectives():
                 place = f"stages.{stage.name}.objectives.{name}"
-                if objective.needs not in can:
+                if objective.needs is not None and kind_of(objective.needs) not in can:
                     raise ValueError(
-                        f"{place}: needs the pass {objective.needs!r}, which this model cannot run; "
-                        f"{unknown('pass', objective.needs, sorted(can))}"
+                        f"{place}: needs the pass {kind_of(objective.needs)!r}, which this model cannot run; "
+                        f"{unknown('pass', kind_of(objective.needs), sorted(can))}"
                     )
                 self._check_streams(place, objective.streams)
                 self._check_classes(place, objective)

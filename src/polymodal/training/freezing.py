@@ -6,13 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import field_validator
+from pydantic import model_validator
 from torch import nn
 
 from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
 from polymodal.core.patterns import match_names
-from polymodal.models.adapters import ADAPTERS, LoRAConfig, apply_lora, is_adapter
+from polymodal.models.adapters import (
+    ADAPTERS,
+    DEFAULT,
+    adapted_modules,
+    adapter_parameters,
+    apply_adapter,
+    check_merge,
+    merge_layers,
+)
 from polymodal.training.state_files import hash_tensors
 
 
@@ -22,15 +30,32 @@ class TrainEntry(Config):
     Args:
         part: an exact dotted path of a module or parameter, or a pattern with ``*``.
         adapter: None: the part's own parameters train.
+        name: of the adapter; adapters of several names may stand on one layer, and all of them act.
+        merge: whether the adapter is merged into the weights when the stage ends, or stays. None: merged where that
+            changes no output.
     """
 
     part: str
-    adapter: LoRAConfig | None = None
+    adapter: ADAPTERS.field() | None = None  # type: ignore[valid-type]
+    name: str = DEFAULT
+    merge: bool | None = None
 
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _from_table(cls, value: Any) -> Any:
-        return None if value is None else ADAPTERS.parse(value)
+    @model_validator(mode="after")
+    def _agree(self) -> TrainEntry:
+        if self.adapter is None and (self.name != DEFAULT or self.merge is not None):
+            raise ValueError("'name' and 'merge' belong to an adapter; say which, or leave them out")
+        if self.merge and self.adapter is not None and not self.adapter.is_mergeable:
+            raise ValueError(
+                f"merge: no weight can stand in for a {self.adapter.use!r}; it stays beside the weights, merge: false"
+            )
+        return self
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether its adapter is gone after the stage."""
+        if self.adapter is None:
+            return False
+        return bool(self.adapter.is_mergeable) if self.merge is None else self.merge
 
 
 def parse_train(entries: Sequence[Any], where: str = "train") -> list[TrainEntry]:
@@ -84,14 +109,51 @@ def apply_train(model: nn.Module, entries: Sequence[TrainEntry], where: str = "t
         if entry.adapter is None:
             trained |= select(model, [entry.part], place)
             continue
-        parts = match_names(entry.part, [name for name in modules if name], "module", place)
-        for part in _outermost(parts):
-            adapted = apply_lora(modules[part], entry.adapter, f"{place}.adapter")
+        for part in adapted_parts(model, entry, place):
+            adapted = apply_adapter(modules[part], entry.adapter, entry.name, f"{place}.adapter")
             layers = [f"{part}.{name}" if name else part for name in adapted]
-            _refuse_tied(model, layers, place)
-            trained.update(f"{layer}.{leaf}" for layer in layers for leaf in ("lora_a", "lora_b"))
+            if entry.is_merged:
+                _refuse_tied(model, layers, place)
+            owned = tuple(f"{layer}.adapters.{entry.name}." for layer in layers)
+            trained.update(name for name in adapter_parameters(model) if name.startswith(owned))
+    check_merge(model, _merge_plan(model, entries, where))
     set_trained(model, trained)
     return trained
+
+
+def adapted_parts(model: nn.Module, entry: TrainEntry, where: str) -> list[str]:
+    """Paths of the parts that an entry's adapter stands on."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return _outermost(match_names(entry.part, names, "module", where))
+
+
+def finish_train(model: nn.Module, entries: Sequence[TrainEntry], where: str = "train") -> None:
+    """Merge the adapters of a stage that are to be merged; the others stay, and act from now on."""
+    merge_layers(model, _merge_plan(model, entries, where))
+
+
+def _merge_plan(model: nn.Module, entries: Sequence[TrainEntry], where: str) -> dict[str, list[str]]:
+    """Per adapted layer, the names of the adapters that the stage merges."""
+    plan: dict[str, list[str]] = {}
+    for index, entry in enumerate(entries):
+        for part in adapted_parts(model, entry, f"{where}[{index}]") if entry.is_merged else ():
+            for path, layer in adapted_modules(model):
+                if entry.name in layer.adapters and (path == part or path.startswith(part + ".")):
+                    plan.setdefault(path, []).append(entry.name)
+    return plan
+
+
+def keep_adapters(model: nn.Module, stages: Iterable[tuple[str, Sequence[TrainEntry]]]) -> None:
+    """Give a new model the adapters that stayed after its stages, so that its weights can be loaded.
+
+    Args:
+        model: as its config builds it.
+        stages: name and ``train`` of each, in order.
+    """
+    for stage, entries in stages:
+        kept = [entry for entry in entries if entry.adapter is not None and not entry.is_merged]
+        if kept:
+            apply_train(model, kept, f"stages.{stage}.train")
 
 
 def _refuse_tied(model: nn.Module, layers: Sequence[str], where: str) -> None:
@@ -100,11 +162,12 @@ def _refuse_tied(model: nn.Module, layers: Sequence[str], where: str) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for layer in layers:
-        others = [name for name in owners[id(model.get_parameter(f"{layer}.weight"))] if name != f"{layer}.weight"]
+        weight = f"{layer}.weight"
+        others = [name for name in owners[id(model.get_parameter(weight))] if name != weight]
         if others:
             raise ConfigError(
                 f"{where}: the weight of {layer} is tied to {others[0]}, and an adapter would part them; expected a "
-                "weight of its own: set tied: false, or leave the layer out"
+                "weight of its own: set tied: false, leave the layer out, or keep the adapter beside it, merge: false"
             )
 
 
@@ -179,10 +242,11 @@ class TrainRow:
 def train_report(model: nn.Module) -> list[TrainRow]:
     """One row per top part: a child of the model, or, below a ModuleDict, ``dict.key.child``."""
     counts: dict[str, list[int]] = {}
+    adapters = adapter_parameters(model)
     for name, parameter in model.named_parameters():
         row = counts.setdefault(_part_of(model, name), [0, 0, 0])
         row[0 if parameter.requires_grad else 1] += parameter.numel()
-        row[2] += parameter.numel() if parameter.requires_grad and is_adapter(name) else 0
+        row[2] += parameter.numel() if parameter.requires_grad and name in adapters else 0
     return [TrainRow(part, *row) for part, row in counts.items()]
 
 

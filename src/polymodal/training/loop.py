@@ -12,24 +12,30 @@ from pathlib import Path
 from torch import Tensor
 
 from polymodal.core.batch import Batch, Outputs
-from polymodal.core.errors import CheckFailed
+from polymodal.core.errors import CheckFailed, ConfigError
 from polymodal.data.loader import Loader
+from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.models.compose import MultimodalModel, to_device
+from polymodal.models.encoders.transformers_encoder import TransformersEncoder
 from polymodal.models.heads.table import ProjectionHead
+from polymodal.models.layers.multiway import Multiway
 from polymodal.models.layers.transformer import Transformer
 from polymodal.objectives.cached_step import cached_objectives_step
-from polymodal.objectives.table import Losses, WeightedObjective, weighted_losses
+from polymodal.objectives.table import Losses, WeightedObjective, passes_of, weighted_losses
 from polymodal.training.accumulate import Mean, batch_shares, scaled
 from polymodal.training.checkpoints import Keep, best, latest, load_checkpoint, load_weights, save_base, save_checkpoint
 from polymodal.training.cost import Cost, duration, mebibytes, peak_bytes, predict_cost
 from polymodal.training.features import FeatureStore
 from polymodal.training.freezing import fingerprint, frozen_names, set_modes
+from polymodal.training.lessons import Lessons
 from polymodal.training.metrics_log import MetricsLog
 from polymodal.training.optimizers import clip_gradients, set_rate
 from polymodal.training.precision import Compute
+from polymodal.training.pruning import Pruner
 from polymodal.training.progress import Progress, Update
 from polymodal.training.stage import StageConfig
 from polymodal.training.state_files import random_state, set_random_state
+from polymodal.training.twin import Twin
 
 METRICS = "metrics.jsonl"
 _NAMED = 8
@@ -51,6 +57,7 @@ class StageContext:
         features: cached features of frozen encoders, or None.
         validate: the validation loss, or None; lower is better.
         tensorboard: folder for TensorBoard's files, or None.
+        lessons: teachers and anchors that objectives read.
     """
 
     stage: StageConfig
@@ -63,6 +70,7 @@ class StageContext:
     features: FeatureStore | None = None
     validate: Callable[[], float] | None = None
     tensorboard: Path | None = None
+    lessons: Lessons = field(default_factory=Lessons)
 
 
 @dataclass(slots=True)
@@ -76,6 +84,7 @@ class StageResult:
         best_step: the step whose weights are kept, where a validation loss chose.
         validation: that loss.
         cost: what was predicted; None if there was nothing left to do.
+        sparsity: share of the pruned matrices that is zero, where the stage prunes.
     """
 
     steps: int
@@ -86,6 +95,7 @@ class StageResult:
     best_step: int | None = None
     validation: float | None = None
     cost: Cost | None = None
+    sparsity: float | None = None
 
 
 class StageRun:
@@ -95,12 +105,14 @@ class StageRun:
         self.context = context
         stage, model = context.stage, context.model
         self.objectives: Sequence[WeightedObjective] = stage.parsed_objectives()
-        self.passes = frozenset(entry.config.needs for entry in self.objectives)
+        self.passes = passes_of(self.objectives)
         self.optimizer = stage.optimizer.build(model)
+        self.twin = Twin.of(model, self.objectives)
+        self.pruner = None if stage.prune is None else Pruner(stage.prune, model, stage.steps)
         self.step = 0
         self.base: str | None = None
         for module in model.modules():
-            if isinstance(module, Transformer):
+            if isinstance(module, Transformer | Multiway | TransformersDecoder | TransformersEncoder):
                 module.checkpointing = stage.checkpoint_activations
 
     def run(self) -> StageResult:
@@ -115,23 +127,30 @@ class StageRun:
         before = fingerprint(context.model, frozen)
         self._restore()
         result = StageResult(stage.steps)
+        context.lessons.check(self.objectives)
         if self.step < stage.steps:
             self._train(frozen, result)
         if fingerprint(context.model, frozen) != before:
             raise CheckFailed(f"stage {stage.name!r}: a frozen tensor changed during the stage; its result is not kept")
+        if self.pruner is not None:
+            result.sparsity = self.pruner.prove(stage.name)
+            context.progress.note(f"{stage.name}: {result.sparsity:.1%} of {len(self.pruner.weights)} matrices are zero")
         self._take_best(result)
         return result
 
     def predict(self, batch: Batch) -> Cost:
         """What the rest of the stage will take, from two passes over ``batch``; changes nothing."""
         stage = self.context.stage
-        return predict_cost(
+        cost = predict_cost(
             self.context.model,
             self.optimizer,
             lambda: self._backward([batch]),
             batches_per_step=stage.accumulate,
             num_steps=stage.steps - self.step,
         )
+        if self.twin is not None:
+            self.twin.forget()
+        return cost
 
     def _train(self, frozen: set[str], result: StageResult) -> None:
         context, stage = self.context, self.context.stage
@@ -196,6 +215,10 @@ class StageRun:
         self._demand_finite(losses, micro)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.pruner is not None:
+            losses["sparsity"] = self.pruner.after(self.step + 1)
+        if self.twin is not None:
+            self.twin.follow()
         return losses
 
     def _backward(self, micro: Sequence[Batch]) -> dict[str, float]:
@@ -216,12 +239,19 @@ class StageRun:
         def head() -> tuple[Tensor, Tensor]:
             projection = self.context.model.head("projection")
             assert isinstance(projection, ProjectionHead)
+            if projection.has_own_scales:
+                raise ConfigError("grad_cache: the projection head has scales per stream, expected a shared one")
             return projection.scale, projection.bias
 
         return cached_objectives_step(micro, self._forward, self.objectives, head).values()
 
     def _losses(self, batch: Batch, objectives: Sequence[WeightedObjective]) -> Losses:
-        return weighted_losses(objectives, self._forward(batch), batch)
+        outputs = self._forward(batch)
+        if self.twin is not None:
+            self.twin.teach(batch, outputs, self.context.compute.autocast)
+        context = self.context
+        context.lessons.add(context.model, self.objectives, batch, outputs, context.compute.autocast)
+        return weighted_losses(objectives, outputs, batch)
 
     def _forward(self, batch: Batch) -> Outputs:
         with self.context.compute.autocast():
@@ -257,6 +287,8 @@ class StageRun:
             "optimizer": self.optimizer.state_dict(),
             "loader": context.loader.state(),
             "random": random_state(),
+            **({} if self.twin is None else {"twin": self.twin.state()}),
+            **({} if self.pruner is None else {"masks": self.pruner.state()}),
         }
         weights = {name: tensor for name, tensor in context.model.state_dict().items() if name not in frozen}
         save_checkpoint(context.folder, weights, state, self.step, base=self.base, metric=metric, keep=context.keep)
@@ -273,6 +305,10 @@ class StageRun:
         self.optimizer.load_state_dict(checkpoint.state["optimizer"])
         self.context.loader.restore(checkpoint.state["loader"])
         set_random_state(checkpoint.state["random"])
+        if self.twin is not None:
+            self.twin.restore(checkpoint.state["twin"])
+        if self.pruner is not None:
+            self.pruner.restore(checkpoint.state["masks"])
         self.step = checkpoint.step
 
     def _take_best(self, result: StageResult) -> None:

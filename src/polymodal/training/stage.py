@@ -12,9 +12,11 @@ from polymodal.core.config import Config
 from polymodal.data.planner import BatchSpec
 from polymodal.data.selection import ModalitySource
 from polymodal.data.sources import JsonlSource, open_source
+from polymodal.objectives.distill import teachers_of
 from polymodal.objectives.table import WeightedObjective, parse_objectives
 from polymodal.training.freezing import TrainEntry
 from polymodal.training.optimizers import OPTIMIZERS
+from polymodal.training.pruning import PruneConfig
 from polymodal.training.schedules import SCHEDULES
 
 
@@ -50,6 +52,9 @@ class StageConfig(Config):
     """Its name in folders and reports: letters, digits, ``_``, ``-`` and ``.``."""
     train: tuple[TrainEntry, ...]
     data: tuple[DataEntry, ...]
+    copy_weights: dict[str, str] = Field(default_factory=dict)
+    """Part -> another part, whose weights of the same names and shapes it starts this stage with (a video encoder from
+    an image encoder of the same widths: inflation)."""
     objectives: dict[str, Any]
     """Objective name -> weight, or a mapping of its options with ``weight``."""
     batch: BatchSpec
@@ -66,6 +71,8 @@ class StageConfig(Config):
     """Keep the features of frozen encoders on disk, so that each media item is encoded once."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    prune: PruneConfig | None = None
+    """Set the smallest weights of this stage to zero, step by step."""
     save_every: PositiveInt = 500
     """Steps between checkpoints, from which an interrupted run goes on."""
     eval_every: PositiveInt | None = None
@@ -90,6 +97,15 @@ class StageConfig(Config):
         objectives = self.parsed_objectives()
         if self.grad_cache and any(entry.config.needs != "embed" for entry in objectives):
             raise ValueError(f"stage {self.name!r}: grad_cache is for contrastive objectives alone")
+        needs = {entry.config.needs for entry in objectives}
+        if {"match", "match_hard"} <= needs:
+            raise ValueError(f"stage {self.name!r}: found random and hard negatives of matching, expected one kind")
+        if self.grad_cache and any(entry.config.twin is not None for entry in objectives):
+            raise ValueError(f"stage {self.name!r}: grad_cache does without a queue; leave it, or momentum_contrast, out")
+        if (self.grad_cache or self.cache_features) and teachers_of(objectives):
+            raise ValueError(f"stage {self.name!r}: a teacher reads the media itself; leave grad_cache and cache_features out")
+        if self.prune is not None and self.validation is not None:
+            raise ValueError(f"stage {self.name!r}: 'validation' could choose weights from before 'prune' was done; leave one out")
         if (self.eval_every is None) != (self.validation is None):
             raise ValueError(f"stage {self.name!r}: 'eval_every' and 'validation' belong together")
         return self

@@ -17,6 +17,8 @@ REQUESTS = {
     "sensor": ("Describe this motion.", "What does the sensor record?", "Describe the recording of the sensor."),
 }
 """What a user says to have a medium described."""
+NAMING = ("What is this?", "Which object is shown?", "Name the object.")
+"""What a user says to have one thing named."""
 
 _TIMES = ("never", "once", "twice", "three times", "four times")
 _TO_RELATION = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
@@ -55,15 +57,22 @@ def facts(scene: Scene, medium: str) -> str:
     return "; ".join(f"{t.colour} {t.shape} {move or 'stays'}" for t, move in things) + f"; {blinks}"
 
 
-def object_name(scene: Scene, medium: str) -> str:
-    """What the one thing of a scene is, in a picture or in a video; its place is left out.
+def object_kind(scene: Scene, medium: str) -> str:
+    """What kind of thing the one thing of a scene is, in a picture, and how it moves, in a video.
 
-    A name has nothing in it but what tells kinds of things apart, so that contrast between names needs every word.
+    Colour, size and place are left out: contrast learns the easiest difference between texts first and then has little
+    reason to go on, so a text that differs in its kind alone is what teaches kinds (``docs/log.md``).
     """
-    thing, move = scene.things[0], scene.moves[0]
+    shape = scene.things[0].shape
+    return f"A {shape}." if medium == "image" else f"A {shape} moves {scene.moves[0]}."
+
+
+def object_name(scene: Scene, medium: str) -> str:
+    """Everything but the place of the one thing of a scene."""
+    thing = scene.things[0]
     if medium == "image":
         return f"A {thing.size} {thing.colour} {thing.shape}."
-    return f"A {thing.colour} {thing.shape} moves {move}."
+    return f"A {thing.colour} {thing.shape} moves {scene.moves[0]}."
 
 
 def place(thing: Thing) -> str:

@@ -21,7 +21,7 @@ from polymodal.core.config import unknown
 from polymodal.core.errors import DataError
 from polymodal.core.parts import Media, Part, Text, media_part
 from polymodal.core.samples import Message, Sample, sample_to_json
-from polymodal.data.scenes.captions import MEDIA, REQUESTS, caption, facts, object_name
+from polymodal.data.scenes.captions import MEDIA, NAMING, REQUESTS, caption, facts, object_kind, object_name
 from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
@@ -29,7 +29,7 @@ from polymodal.data.scenes.questions import FAMILIES, Question, questions
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
-FILES = ("views", "objects", "hub", "captions", "questions", "dialogues", "text")
+FILES = ("views", "objects", "hub", "names", "captions", "questions", "dialogues", "text")
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
 VERSION = 3
@@ -68,12 +68,13 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and seven JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and eight JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
-    - ``objects``: two lines per scene: one of its things alone, as a picture and as a video, with its name; ``label`` is
-      the name;
+    - ``objects``: two lines per scene: one of its things alone, as a picture with its kind and as a video with its kind
+      and direction; ``label`` is that text;
     - ``hub``: one line per scene: picture, sound, video and the picture's caption;
+    - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
@@ -238,13 +239,13 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "captions", _turn(f"{name}-{medium}-caption", [part[medium]], request, told[medium], meta)
     single = alone(scene)
     for medium in ALONE:
-        called = object_name(single, medium)
-        shown: dict[str, Part] = {
-            medium: media_part(medium, Path(_path(scene, medium, "object_"))),
-            "text": Text(called),
-        }
+        shown = media_part(medium, Path(_path(scene, medium, "object_")))
+        kind = object_kind(single, medium)
         meta = {"modality": medium, "scene": scene.index}
-        yield "objects", Sample(f"{name}-{medium}-object", views=shown, label=called, meta=meta)
+        views = {medium: shown, "text": Text(kind)}
+        yield "objects", Sample(f"{name}-{medium}-object", views=views, label=kind, meta=meta)
+        called = object_name(single, medium)
+        yield "names", _turn(f"{name}-{medium}-name", [shown], words.choice(NAMING), called, meta)
     views = {**{medium: part[medium] for medium in ("image", "audio", "video")}, "text": Text(told["image"])}
     yield "hub", Sample(f"{name}-hub", views=views, meta={"scene": scene.index})
     asked = questions(scene, families, words)

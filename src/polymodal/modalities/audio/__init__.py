@@ -3,7 +3,8 @@
 from polymodal.modalities.audio.decode import decode_audio
 from polymodal.modalities.audio.header import AudioHeader, probe_audio
 from polymodal.modalities.audio.mel import log_mel, mel_filters, num_mel_frames
-from polymodal.modalities.audio.reader import AudioReader, AudioReaderConfig, num_resampled, resampled
+from polymodal.modalities.audio.reader import AudioReader, num_resampled, resampled
+from polymodal.modalities.audio.reader_config import AudioReaderConfig
 
 __all__ = [
     "AudioHeader",

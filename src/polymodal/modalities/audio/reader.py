@@ -1,95 +1,39 @@
-"""The audio reader: a recording -> log-mel frames ``[L, mels]`` or samples ``[L, 1]``, whole or in clips."""
+"""The audio reader: a recording -> frames ``[L, mels]`` or samples ``[L, 1]``, whole or in clips."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import NamedTuple
 
 import numpy as np
 import soxr
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 
 from polymodal.core.batch import ModelInput
 from polymodal.core.errors import LimitError
 from polymodal.core.limits import Limits
 from polymodal.core.parts import Audio, Part
 from polymodal.modalities.audio.decode import decode_audio
+from polymodal.modalities.audio.fbank import fbank, fbank_filters, num_fbank_frames
 from polymodal.modalities.audio.header import AudioHeader, probe_audio
-from polymodal.modalities.audio.mel import log_mel, mel_filters, num_mel_frames
+from polymodal.modalities.audio.mel import log_mel, num_mel_frames
+from polymodal.modalities.audio.reader_config import AudioReaderConfig
+from polymodal.modalities.audio.views import NUM_VIEWS, four_views
 from polymodal.modalities.decoding import expect_part
-from polymodal.modalities.reader import Reader, ReaderConfig
+from polymodal.modalities.reader import Reader
 
-_NORMAL = {"log_mel": (-4.0, 4.0), "wave": (0.0, 1.0)}
+_VARIANCE_FLOOR = 1e-7
+"""Added to the variance of a clip that is standardised, as wav2vec 2.0's published preprocessing does."""
 
 
-class AudioReaderConfig(ReaderConfig):
-    """How recordings become model input.
+class Clip(NamedTuple):
+    """A piece of a recording: its samples, and with the silence that fills it."""
 
-    Args:
-        rate_hz: every recording is resampled to this rate.
-        representation: ``log_mel``: Whisper's spectrogram, ``[L, num_mels]``. ``wave``: samples, ``[L, 1]``.
-        num_mels: bands of ``log_mel``.
-        window_s: window of ``log_mel``; its samples are rounded.
-        hop_s: time between frames of ``log_mel``; its samples are rounded.
-        clip_s: length of a unit; a longer recording becomes several, the last as short as it is. None: one unit.
-        pad_clip: fill the last clip with silence to ``clip_s``, as Whisper does (30 s); needs ``clip_s``.
-        max_s: longest recording that is taken; a longer one is refused, never cut. None: the limits alone decide.
-        mean: subtracted from the values; None: -4 for ``log_mel`` (Whisper's), 0 for ``wave``.
-        std: then divided by; None: 4 for ``log_mel``, 1 for ``wave``.
-    """
-
-    modality: ClassVar[str] = "audio"
-
-    use: Literal["audio"] = "audio"
-    rate_hz: int = Field(16_000, ge=1_000, le=192_000)
-    representation: Literal["log_mel", "wave"] = "log_mel"
-    num_mels: int = Field(80, ge=1, le=512)
-    window_s: float = Field(0.025, gt=0, le=1)
-    hop_s: float = Field(0.01, gt=0, le=1)
-    clip_s: float | None = Field(None, gt=0, le=3600)
-    pad_clip: bool = False
-    max_s: float | None = Field(None, gt=0)
-    mean: float | None = None
-    std: float | None = Field(None, gt=0)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> AudioReaderConfig:
-        if self.pad_clip and self.clip_s is None:
-            raise ValueError("pad_clip needs clip_s, the length to fill up to")
-        if self.representation == "log_mel":
-            if self.hop < 1 or self.window < 2:
-                raise ValueError(
-                    f"window_s and hop_s make {self.window} and {self.hop} samples at {self.rate_hz} Hz; "
-                    "expected at least 2 and 1"
-                )
-            empty = int(np.sum(mel_filters(self.num_mels, self.window, self.rate_hz).max(axis=0) == 0))
-            if empty:
-                raise ValueError(
-                    f"{empty} of {self.num_mels} mel bands fall between the {self.window // 2 + 1} "
-                    "frequencies of the window and would stay silent; use fewer bands or a longer window"
-                )
-        if self.clip is not None and self.clip < self.hop:
-            raise ValueError("clip_s must be at least one hop")
-        return self
-
-    @property
-    def window(self) -> int:
-        """Samples of the window."""
-        return round(self.window_s * self.rate_hz)
-
-    @property
-    def hop(self) -> int:
-        """Samples between frames."""
-        return round(self.hop_s * self.rate_hz)
-
-    @property
-    def clip(self) -> int | None:
-        """Samples of a clip."""
-        return None if self.clip_s is None else max(1, round(self.clip_s * self.rate_hz))
+    recorded: int
+    filled: int
 
 
 class AudioReader(Reader):
-    """Reads recordings; a unit is a clip, its length counted in frames (``log_mel``) or samples (``wave``)."""
+    """Reads recordings; a unit is a clip, its length counted in frames, or in samples for ``wave``."""
 
     modality = "audio"
     is_ragged = True
@@ -97,35 +41,40 @@ class AudioReader(Reader):
 
     def __init__(self, config: AudioReaderConfig, limits: Limits) -> None:
         super().__init__(config, limits)
-        is_mel = config.representation == "log_mel"
-        self._filters_FM = mel_filters(config.num_mels, config.window, config.rate_hz) if is_mel else None
-        mean, std = _NORMAL[config.representation]
-        self._mean = mean if config.mean is None else config.mean
-        self._std = std if config.std is None else config.std
+        self._filters_FM: NDArray[np.float64] | None = None
+        if config.representation == "log_mel":
+            self._filters_FM = config.filters()
+        elif config.representation == "fbank":
+            self._filters_FM = fbank_filters(config.num_mels, config.window, config.rate_hz)
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """``(num_mels,)`` or ``(1,)``."""
-        return (self.config.num_mels if self.config.representation == "log_mel" else 1,)
+        """``(num_mels,)``, ``(4, num_mels)`` for views, ``(1,)`` for samples."""
+        if self.config.representation == "wave":
+            return (1,)
+        return (NUM_VIEWS, self.config.num_mels) if self.config.views else (self.config.num_mels,)
 
     def measure(self, part: Part) -> tuple[int, ...]:
         """Frames (or samples) of each clip, from the header."""
         part = expect_part(part, Audio)
         header = self._checked(part, probe_audio(part, self.limits))
-        samples = self._clip_samples(num_resampled(header.num_frames, header.rate_hz, self.config.rate_hz))
-        return tuple(self._length(count) for count in samples)
+        samples = num_resampled(header.num_frames, header.rate_hz, self.config.rate_hz)
+        return tuple(self._length(clip) for clip in self._clips(samples))
 
     def read(self, part: Part) -> ModelInput:
-        """Decode, resample, cut and transform: float32 ``[L, num_mels]`` or ``[L, 1]`` a clip."""
+        """Decode, resample, cut and transform: float32 ``[L, ...]`` a clip."""
         part = expect_part(part, Audio)
         wave_T, rate_hz = decode_audio(part, self.limits)
         self._checked(part, AudioHeader(len(wave_T), rate_hz, 1, "decoded"))
         wave_T = resampled(wave_T, rate_hz, self.config.rate_hz)
+        clips = self._clips(len(wave_T))
+        times = self._repeats(len(wave_T))
+        wave_T = np.tile(wave_T, times) if times > 1 else wave_T
         units, start = [], 0
-        for count in self._clip_samples(len(wave_T)):
-            clip_T = wave_T[start : start + count]
-            start += len(clip_T)
-            units.append(self._unit(np.pad(clip_T, (0, count - len(clip_T)))))
+        for clip in clips:
+            clip_T = wave_T[start : start + clip.recorded]
+            start += clip.recorded
+            units.append(self._unit(np.pad(clip_T, (0, clip.filled - clip.recorded)), clip))
         return ModelInput(units, tuple(len(unit) for unit in units))
 
     def _checked(self, part: Audio, header: AudioHeader) -> AudioHeader:
@@ -137,24 +86,68 @@ class AudioReader(Reader):
             )
         return header
 
-    def _clip_samples(self, total: int) -> list[int]:
+    def _repeats(self, total: int) -> int:
+        """How often a recording of so many samples is heard."""
         clip = self.config.clip
-        if clip is None:
-            return [total]
-        counts = [clip] * (total // clip)
-        if rest := total % clip:
-            counts.append(clip if self.config.pad_clip else rest)
-        return counts
+        return max(1, clip // total) if self.config.repeat and clip is not None else 1
 
-    def _length(self, num_samples: int) -> int:
-        return num_mel_frames(num_samples, self.config.hop) if self._filters_FM is not None else num_samples
+    def _clips(self, total: int) -> list[Clip]:
+        size = self.config.clip
+        total *= self._repeats(total)
+        if size is None:
+            return [Clip(total, total)]
+        if self.config.views:
+            return [Clip(total, max(size, total))]
+        clips = [Clip(size, size)] * (total // size)
+        if rest := total % size:
+            clips.append(Clip(rest, size if self.config.pad_clip else rest))
+        return clips
 
-    def _unit(self, clip_T: NDArray[np.float32]) -> NDArray[np.float32]:
-        if self._filters_FM is None:
-            values = clip_T[:, None]
+    def _length(self, clip: Clip) -> int:
+        config = self.config
+        if config.representation == "wave":
+            return clip.filled
+        if config.representation == "fbank":
+            found = num_fbank_frames(clip.filled, config.window, config.hop)
+            return max(found, config.fill_frames or 0)
+        if config.keep_filling is not None:
+            return num_mel_frames(clip.recorded, config.hop, config.end_frame) + config.keep_filling
+        shown = clip.filled if not config.views or config.clip is None else config.clip
+        return num_mel_frames(shown, config.hop, config.end_frame)
+
+    def _unit(self, clip_T: NDArray[np.float32], clip: Clip) -> NDArray[np.float32]:
+        """One clip as model input; what fills up normalised frames is 0, what fills up raw ones is normalised too."""
+        config, length = self.config, self._length(clip)
+        mean, std = config.shift_and_scale
+        if config.representation == "wave":
+            values = _standardised(clip_T) if config.standardise else clip_T[:, None]
+        elif config.representation == "fbank":
+            assert self._filters_FM is not None
+            values = _resized(fbank(clip_T, self._filters_FM, config.window, config.hop), length)
         else:
-            values = log_mel(clip_T, self._filters_FM, self.config.window, self.config.hop)
-        return ((values - self._mean) / self._std).astype(np.float32)
+            values = self._log_mel(clip_T)
+            values = four_views(values, length) if config.views else values
+        scaled = ((values - mean) / std).astype(np.float32)
+        return _resized(scaled, length)
+
+    def _log_mel(self, clip_T: NDArray[np.float32]) -> NDArray[np.float32]:
+        config = self.config
+        assert self._filters_FM is not None
+        return log_mel(
+            clip_T, self._filters_FM, config.window, config.hop, levels=config.levels, end_frame=config.end_frame
+        )
+
+
+def _standardised(clip_T: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide_T = clip_T.astype(np.float64)
+    values: NDArray[np.float64] = (wide_T - wide_T.mean()) / np.sqrt(wide_T.var() + _VARIANCE_FLOOR)
+    return values[:, None]
+
+
+def _resized(values: NDArray[np.float32], length: int) -> NDArray[np.float32]:
+    """The first ``length`` frames, with zeros where there are fewer."""
+    missing = length - len(values)
+    return values[:length] if missing <= 0 else np.pad(values, [(0, missing), *[(0, 0)] * (values.ndim - 1)])
 
 
 def num_resampled(num_samples: int, from_hz: int, to_hz: int) -> int:

@@ -3,15 +3,17 @@
 from polymodal.modalities.image.decode import decode_image, on_white
 from polymodal.modalities.image.header import ImageHeader, probe_image
 from polymodal.modalities.image.reader import ImageReader, ImageReaderConfig, checked_std
-from polymodal.modalities.image.resize import Fit, fit_to_canvas, normalised
+from polymodal.modalities.image.resize import Fill, Fit, Resample, fit_to_canvas, normalised
 from polymodal.modalities.image.tiling import Grid, closest_grid, fullest_grid
 
 __all__ = [
+    "Fill",
     "Fit",
     "Grid",
     "ImageHeader",
     "ImageReader",
     "ImageReaderConfig",
+    "Resample",
     "checked_std",
     "closest_grid",
     "decode_image",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from polymodal.core.batch import ModelInput
 from polymodal.core.limits import Limits
@@ -14,7 +14,7 @@ from polymodal.core.parts import Image, Part
 from polymodal.modalities.decoding import expect_part
 from polymodal.modalities.image.decode import decode_image
 from polymodal.modalities.image.header import ImageHeader, probe_image
-from polymodal.modalities.image.resize import Fit, fit_to_canvas
+from polymodal.modalities.image.resize import Fill, Fit, Resample, fit_to_canvas
 from polymodal.modalities.image.tiling import Grid, closest_grid, fullest_grid
 from polymodal.modalities.reader import Reader, ReaderConfig
 
@@ -40,15 +40,23 @@ class ImageReaderConfig(ReaderConfig):
         resolution: ``fixed``: one tile. ``tiles``: the picture is cut along the grid of at most ``max_tiles`` whose
             proportions are closest. ``anyres``: along the one of ``grids`` that keeps most of its pixels.
         resize: how the picture meets the canvas (one tile, or the whole grid) where proportions differ.
+        resample: how pixels are interpolated.
+        centre_share: the middle square of so much of the shorter side is cut out before anything else (Perceiver IO:
+            224 / 256); None: nothing is.
+        shortest_edge_px: with ``resize: crop``, the shorter side of the scaled picture that the canvas is cut from (256
+            for a canvas of 224); None: the least that covers the canvas.
+        fill: what ``pad`` and ``pad_square`` fill the rest with.
         max_tiles: upper bound of ``tiles``, the thumbnail not counted.
         grids: candidates of ``anyres``, as (rows, columns).
         thumbnail: whether the whole picture, stretched to one tile, comes first: before any ``anyres`` grid, and before
             a ``tiles`` grid of more than one tile.
-        mean: per channel, of pixels in 0..1, subtracted.
+        rescale: factor of a pixel, before mean and deviation; 1 / 255 for pixels in 0..1.
+        mean: per channel, of rescaled pixels, subtracted.
         std: per channel, divided by.
 
     Source: ``tiles``: InternVL 1.5 (Chen et al. 2024), section 3.1, which puts the thumbnail last. ``anyres``:
-        LLaVA-NeXT (Liu et al. 2024), with ``resize: pad``; it pads with black.
+        LLaVA-NeXT (Liu et al. 2024), with ``resize: pad`` and ``fill: black``.
+        ``pad_square``: LLaVA-1.5 (Liu et al. 2023), section 3.
     """
 
     modality: ClassVar[str] = "image"
@@ -57,9 +65,14 @@ class ImageReaderConfig(ReaderConfig):
     size_px: int = Field(224, ge=1, le=4096)
     resolution: Literal["fixed", "tiles", "anyres"] = "fixed"
     resize: Fit = "stretch"
+    resample: Resample = "bicubic"
+    centre_share: float | None = Field(None, gt=0, le=1)
+    shortest_edge_px: int | None = Field(None, ge=1, le=8192)
+    fill: Fill = "mean"
     max_tiles: int = Field(6, ge=1, le=256)
     grids: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     thumbnail: bool = True
+    rescale: float = Field(1 / 255, gt=0)
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
 
@@ -71,6 +84,31 @@ class ImageReaderConfig(ReaderConfig):
         if not grids or any(min(grid) < 1 for grid in grids):
             raise ValueError("expected at least one (rows, columns) pair, each number at least 1")
         return grids
+
+    @model_validator(mode="after")
+    def _edge_covers(self) -> Self:
+        if self.shortest_edge_px is not None and (self.resize != "crop" or self.resolution != "fixed"):
+            raise ValueError("'shortest_edge_px' belongs to resize: crop with resolution: fixed")
+        if self.shortest_edge_px is not None and self.shortest_edge_px < self.size_px:
+            raise ValueError(
+                f"shortest_edge_px {self.shortest_edge_px} is below size_px {self.size_px}: "
+                "the picture would not cover it"
+            )
+        return self
+
+    def fit(self, pixels_HW3: NDArray[np.uint8], canvas_px: tuple[int, int], fit: Fit) -> NDArray[np.float32]:
+        """Pixels as model input on a canvas of these rows and columns, float32 ``[3, h, w]``."""
+        return fit_to_canvas(
+            pixels_HW3,
+            canvas_px,
+            fit,
+            self.mean,
+            self.std,
+            resample=self.resample,
+            shortest_edge_px=self.shortest_edge_px,
+            fill=self.fill,
+            rescale=self.rescale,
+        )
 
 
 class ImageReader(Reader):
@@ -96,13 +134,15 @@ class ImageReader(Reader):
     def read(self, part: Part) -> ModelInput:
         """Decode, fit, normalise and cut: float32 ``[3, size_px, size_px]`` tiles, thumbnail first, then row by row."""
         pixels = decode_image(expect_part(part, Image), self.limits)
+        if self.config.centre_share is not None:
+            pixels = centre_square(pixels, self.config.centre_share)
         height, width = pixels.shape[:2]
         grid, has_thumbnail = self._layout(ImageHeader(width, height, "decoded", "RGB"))
         config, side = self.config, self.config.size_px
-        canvas = fit_to_canvas(pixels, (grid[0] * side, grid[1] * side), config.resize, config.mean, config.std)
+        canvas = config.fit(pixels, (grid[0] * side, grid[1] * side), config.resize)
         units = _cut(canvas, grid, side)
         if has_thumbnail:
-            units.insert(0, fit_to_canvas(pixels, (side, side), "stretch", config.mean, config.std))
+            units.insert(0, config.fit(pixels, (side, side), "stretch"))
         is_tiled = config.resolution != "fixed"
         return ModelInput(units, (1,) * len(units), grid=grid if is_tiled else None, size_px=(width, height))
 
@@ -114,6 +154,14 @@ class ImageReader(Reader):
         if config.resolution == "anyres":
             return fullest_grid(header.width_px, header.height_px, config.size_px, config.grids), config.thumbnail
         return (1, 1), False
+
+
+def centre_square(pixels_HW3: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:
+    """The middle square of ``share`` of the shorter side."""
+    height, width = pixels_HW3.shape[:2]
+    side = max(1, int(share * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels_HW3[top : top + side, left : left + side]
 
 
 def _cut(canvas_3HW: NDArray[np.float32], grid: Grid, side: int) -> list[NDArray[np.float32]]:

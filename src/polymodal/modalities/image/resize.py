@@ -12,11 +12,28 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-Fit = Literal["stretch", "crop", "pad"]
+Fit = Literal["stretch", "crop", "pad", "pad_square"]
 """How a picture meets a canvas of another shape: ``stretch`` changes its proportions, ``crop`` keeps the middle that
-fills the canvas, ``pad`` keeps all of it and fills the rest with the mean colour (zeros after normalisation)."""
+fills the canvas, ``pad`` scales all of it into the canvas and fills the rest, ``pad_square`` fills the picture up to a
+square first and scales that (LLaVA-1.5), so that the borders blend."""
 
-_BICUBIC = PIL.Image.Resampling.BICUBIC
+Fill = Literal["mean", "black"]
+"""What padding is filled with: the mean colour (zeros after normalisation), or black."""
+
+Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+"""How pixels are interpolated; all but ``nearest`` are antialiased."""
+
+_FILTERS = {
+    "nearest": PIL.Image.Resampling.NEAREST,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+}
+_MAX_SURPLUS = 6
+"""Up to so many times the canvas, the whole scaled picture is made before its middle is cut: the usual order, to the
+bit. Above it, only what is kept."""
+_MAX_SQUARE_PX = 8192
+"""Side up to which a picture is filled up to a square before it is scaled."""
 
 
 def fit_to_canvas(
@@ -25,36 +42,57 @@ def fit_to_canvas(
     fit: Fit,
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
+    *,
+    resample: Resample = "bicubic",
+    shortest_edge_px: int | None = None,
+    fill: Fill = "mean",
+    rescale: float = 1 / 255,
 ) -> NDArray[np.float32]:
-    """Resize (bicubic, antialiased), place and normalise.
+    """Resize (antialiased), place and normalise.
 
     Args:
         pixels_HW3: uint8 RGB.
         canvas_px: rows and columns of the result.
         fit: what to do where the proportions differ.
-        mean: per channel, of pixels in 0..1.
+        mean: per channel, of rescaled pixels.
         std: per channel.
+        resample: how pixels are interpolated.
+        shortest_edge_px: for ``crop``, the shorter side of the scaled picture that the canvas is cut from; None: the
+            least that covers the canvas.
+        fill: what padding is filled with.
+        rescale: factor of a pixel.
 
     Returns:
-        float32 ``[3, h, w]``: ``(pixel / 255 - mean) / std``.
+        float32 ``[3, h, w]``: ``(pixel * rescale - mean) / std``.
     """
     height, width = canvas_px
+    if fit == "pad_square" and max(pixels_HW3.shape[:2]) > _MAX_SQUARE_PX:
+        fit = "pad"  # the blend of a border is not worth the gigabytes that the square of a strip would need
     if fit == "pad":
         inner_h, inner_w = _inside(pixels_HW3.shape[:2], canvas_px)
-        resized = _resize(pixels_HW3, (inner_h, inner_w), None)
+        resized = _resize(pixels_HW3, (inner_h, inner_w), None, resample)
         canvas = np.zeros((3, height, width), np.float32)
+        if fill == "black":
+            canvas -= (np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None, None]
         top, left = (height - inner_h) // 2, (width - inner_w) // 2
-        canvas[:, top : top + inner_h, left : left + inner_w] = normalised(resized, mean, std)
+        canvas[:, top : top + inner_h, left : left + inner_w] = normalised(resized, mean, std, rescale)
         return canvas
-    box = _crop_box(pixels_HW3.shape[:2], canvas_px) if fit == "crop" else None
-    return normalised(_resize(pixels_HW3, canvas_px, box), mean, std)
+    if fit == "crop":
+        return normalised(_cropped(pixels_HW3, canvas_px, shortest_edge_px, resample), mean, std, rescale)
+    if fit == "pad_square":
+        colour = (0, 0, 0) if fill == "black" else tuple(int(value / rescale) for value in mean)
+        pixels_HW3 = _squared(pixels_HW3, colour)
+    return normalised(_resize(pixels_HW3, canvas_px, None, resample), mean, std, rescale)
 
 
 def normalised(
-    pixels_HW3: NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
+    pixels_HW3: NDArray[np.uint8],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    rescale: float = 1 / 255,
 ) -> NDArray[np.float32]:
-    """``(pixel / 255 - mean) / std`` as float32 ``[3, H, W]``."""
-    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
+    """``(pixel * rescale - mean) / std`` as float32 ``[3, H, W]``."""
+    scale = (rescale / np.asarray(std)).astype(np.float32)
     offset = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
     result = np.empty((3, *pixels_HW3.shape[:2]), np.float32)
     np.multiply(pixels_HW3.transpose(2, 0, 1), scale[:, None, None], out=result)
@@ -63,12 +101,43 @@ def normalised(
 
 
 def _resize(
-    pixels_HW3: NDArray[np.uint8], size_px: tuple[int, int], box: tuple[float, float, float, float] | None
+    pixels_HW3: NDArray[np.uint8],
+    size_px: tuple[int, int],
+    box: tuple[float, float, float, float] | None,
+    resample: Resample,
 ) -> NDArray[np.uint8]:
     if box is None and pixels_HW3.shape[:2] == size_px:
         return pixels_HW3
-    image = PIL.Image.fromarray(pixels_HW3).resize((size_px[1], size_px[0]), _BICUBIC, box=box)
+    image = PIL.Image.fromarray(pixels_HW3).resize((size_px[1], size_px[0]), _FILTERS[resample], box=box)
     return np.asarray(image)
+
+
+def _squared(pixels_HW3: NDArray[np.uint8], colour: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The picture in the middle of a square of one colour."""
+    height, width = pixels_HW3.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = colour
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels_HW3
+    return square
+
+
+def _cropped(
+    pixels_HW3: NDArray[np.uint8], canvas_px: tuple[int, int], shortest_edge_px: int | None, resample: Resample
+) -> NDArray[np.uint8]:
+    """Scaled until the canvas is covered, then the middle."""
+    cover = _cover(pixels_HW3.shape[:2], canvas_px, shortest_edge_px)
+    top, left = (cover[0] - canvas_px[0]) // 2, (cover[1] - canvas_px[1]) // 2
+    if cover[0] * cover[1] <= _MAX_SURPLUS * canvas_px[0] * canvas_px[1]:
+        scaled = _resize(pixels_HW3, cover, None, resample)
+        return scaled[top : top + canvas_px[0], left : left + canvas_px[1]]
+    # The same without ever making the scaled picture: of a 65,000 x 1 strip it would need gigabytes.
+    height, width = pixels_HW3.shape[:2]
+    step_h, step_w = height / cover[0], width / cover[1]
+    # rounding may carry the far edge a hair outside, which Pillow refuses
+    bottom, right = min((top + canvas_px[0]) * step_h, height), min((left + canvas_px[1]) * step_w, width)
+    return _resize(pixels_HW3, canvas_px, (left * step_w, top * step_h, right, bottom), resample)
 
 
 def _inside(size_px: tuple[int, ...], canvas_px: tuple[int, int]) -> tuple[int, int]:
@@ -80,18 +149,13 @@ def _inside(size_px: tuple[int, ...], canvas_px: tuple[int, int]) -> tuple[int, 
     return canvas_px[0], min(math.ceil(width * scale_h), canvas_px[1])
 
 
-def _crop_box(size_px: tuple[int, ...], canvas_px: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The part of the picture that fills the canvas: (left, top, right, bottom) in source pixels.
-
-    Equal to scaling until the canvas is covered and cutting its centre, the usual order, without ever making the scaled
-    picture: a 65,000 x 1 strip would need gigabytes.
-    """
+def _cover(size_px: tuple[int, ...], canvas_px: tuple[int, int], shortest_edge_px: int | None) -> tuple[int, int]:
+    """Rows and columns of the scaled picture that the canvas is cut from."""
     height, width = size_px
-    scale = max(canvas_px[0] / height, canvas_px[1] / width)
-    cover_h = max(canvas_px[0], int(height * scale))
-    cover_w = max(canvas_px[1], int(width * scale))
-    top, left = round((cover_h - canvas_px[0]) / 2), round((cover_w - canvas_px[1]) / 2)
-    step_h, step_w = height / cover_h, width / cover_w
-    # rounding may carry the far edge a hair outside, which Pillow refuses
-    bottom, right = min((top + canvas_px[0]) * step_h, height), min((left + canvas_px[1]) * step_w, width)
-    return left * step_w, top * step_h, right, bottom
+    if shortest_edge_px is not None:
+        scaled, source = shortest_edge_px, min(height, width)
+    elif canvas_px[0] * width >= canvas_px[1] * height:
+        scaled, source = canvas_px[0], height
+    else:
+        scaled, source = canvas_px[1], width
+    return max(canvas_px[0], int(scaled * height / source)), max(canvas_px[1], int(scaled * width / source))

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from polymodal.core.batch import ModelInput
+from polymodal.core.config import Config
 from polymodal.core.errors import CorruptMediaError, LimitError
 from polymodal.core.limits import Limits
 from polymodal.core.parts import Part, Text
 from polymodal.modalities.reader import Reader, ReaderConfig
 from polymodal.modalities.text.tokenizer import Tokenizer
+
+
+class TokenizerFiles(Config):
+    """The tokenizer files of a text tower."""
+
+    path: str
+    """A ``tokenizer.json``, a SentencePiece ``.model``, or a folder with tokenizer files of any layout."""
+    pad: str | None = None
+    """Token that fills; None: what the files name, or else the end token."""
+    bos: str | None = None
+    """Token that begins a text; None: what the files name."""
+    eos: str | None = None
+    """Token that ends a text; None: what the files name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str) else data
 
 
 class TextReaderConfig(ReaderConfig):
@@ -22,10 +41,30 @@ class TextReaderConfig(ReaderConfig):
     modality: ClassVar[str] = "text"
     max_tokens: PositiveInt = 77
     """Longer texts are cut here, at the end; a text encoder has no media spans that could be cut."""
+    tokenizer: TokenizerFiles | None = None
+    """The stream's own tokenizer (a path is enough); None: the model's."""
+    add_special: bool = False
+    """Whether the tokens that the tokenizer itself puts around a text stand around it ([CLS] and [SEP])."""
+    fill: bool = False
+    """Whether texts are filled up to ``max_tokens`` with the pad token, which the encoder then reads (SigLIP)."""
+    bytes: bool = False
+    """UTF-8 bytes in place of a tokenizer, as Perceiver IO counts them: each byte plus 6, a 4 in front, a 5 behind."""
+
+    @model_validator(mode="after")
+    def _bytes_alone(self) -> Self:
+        if self.bytes and (self.tokenizer is not None or self.add_special or self.fill):
+            raise ValueError("bytes: true needs no tokenizer; leave tokenizer, add_special and fill out")
+        return self
 
 
 class TextReader(Reader):
-    """Text -> int64 ids ``[L]``, ``1 <= L <= max_tokens``."""
+    """Text -> int64 ids ``[L]``, ``1 <= L <= max_tokens``.
+
+    Args:
+        config: how.
+        limits: on the length of texts.
+        tokenizer: the stream's own where the config names one, or the model's.
+    """
 
     modality = "text"
     is_ragged = True
@@ -55,7 +94,14 @@ class TextReader(Reader):
             raise LimitError(
                 "text", f"{len(part.text):,} characters, the limit (text_chars) is {self.limits.text_chars:,}"
             )
-        ids = self.tokenizer.encode(part.text)[: self.config.max_tokens]
+        if self.config.bytes:
+            return [4, *(byte + 6 for byte in part.text.encode()[: max(0, self.config.max_tokens - 2)]), 5]
+        own = self.tokenizer
+        before, after = (own.prefix, own.suffix) if self.config.add_special else ([], [])
+        room = max(0, self.config.max_tokens - len(before) - len(after))
+        ids = [*before, *own.encode(part.text)[:room], *after]
+        if self.config.fill:
+            ids += [own.pad_id] * (self.config.max_tokens - len(ids))
         if not ids:
             raise CorruptMediaError("text", "is empty; a text stream needs at least one token")
         return ids

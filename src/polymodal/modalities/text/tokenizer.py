@@ -4,18 +4,45 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from polymodal.core.config import unknown
-from polymodal.core.errors import CheckpointError, ConfigError
+from polymodal.core.errors import ConfigError
+from polymodal.modalities.text.files import read_backend, read_names
 
 PAD = "<|pad|>"
 MEDIA = "<|media|>"
 """The placeholder: one stands wherever one media feature will be."""
+START = "{start}"
+"""In a chat format: whatever the tokenizer itself puts before a text (its start token, or nothing)."""
+END = "{end}"
+"""In a chat format: the tokenizer's own end token."""
+OWN_END = "<|end|>"
+"""What a tokenizer trained here calls that end."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenNames:
+    """What a tokenizer calls its control tokens; None where it has none.
+
+    Args:
+        pad: fills rows of a batch; it is masked everywhere, so that any token serves.
+        media: the placeholder of media. Its embedding is written over, so that any token serves here too.
+        bos: begins a text.
+        eos: ends a text.
+    """
+
+    pad: str | None = None
+    media: str | None = None
+    bos: str | None = None
+    eos: str | None = None
 
 
 class Tokenizer:
@@ -25,25 +52,57 @@ class Tokenizer:
     spelling inside a text as plain characters, so no input can forge a turn or a placeholder.
 
     Args:
-        backend: a ``tokenizers.Tokenizer``. It is copied; missing control tokens are added to the copy.
-        controls: control tokens that the chat format needs, besides ``<|pad|>`` and ``<|media|>``.
+        backend: a ``tokenizers.Tokenizer``. It is copied.
+        controls: control tokens that are added to the copy where they are missing.
+        names: what a published tokenizer calls its control tokens; nothing but ``controls`` is added to it then.
+            None, for a tokenizer of our own, adds ``<|pad|>`` and ``<|media|>`` as well.
+
+    Raises:
+        ConfigError: if ``names`` names a token that is not there.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, controls: Iterable[str] = ()) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, controls: Iterable[str] = (), names: TokenNames | None = None
+    ) -> None:
         self._backend = tokenizers.Tokenizer.from_str(backend.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()
-        names = [PAD, MEDIA, *controls]
-        self._backend.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in dict.fromkeys(names)])
+        if names is None:
+            names, controls = TokenNames(PAD, MEDIA, None, None), [PAD, MEDIA, *controls]
+        self._backend.add_special_tokens(
+            [tokenizers.AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(controls)]
+        )
         self._backend.encode_special_tokens = True
-        self._specials = {token.content: id for id, token in self._backend.get_added_tokens_decoder().items()}
-        self.pad_id = self.control(PAD)
-        self.media_id = self.control(MEDIA)
+        added = self._backend.get_added_tokens_decoder()
+        self._specials = {token.content: id for id, token in added.items() if token.special}
+        if names.eos is None and OWN_END in self._specials:
+            names = TokenNames(names.pad, names.media, names.bos, OWN_END)
+        self.names = names
+        self.pad_id = self._id_of(names.pad or names.eos, "pad", 0)
+        self.media_id = self._id_of(names.media, "media", self.pad_id)
+        self.bos_id = None if names.bos is None else self._id_of(names.bos, "bos", 0)
+        self.eos_id = None if names.eos is None else self._id_of(names.eos, "eos", 0)
+
+    def _id_of(self, name: str | None, role: str, default: int) -> int:
+        if name is None:
+            return default
+        found = self._backend.token_to_id(name)
+        if found is None:
+            raise ConfigError(
+                f"tokenizer: its {role} token is said to be {name!r}, which it does not hold; "
+                f"its control tokens: {sorted(self._specials)}"
+            )
+        return int(found)
 
     @property
     def size(self) -> int:
-        """Number of ids, control tokens included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        """Rows that an embedding needs for it: its largest id and one."""
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
+        # Published vocabularies may have holes: the number of tokens is not always the largest id and one.
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def controls(self) -> dict[str, int]:
@@ -51,18 +110,74 @@ class Tokenizer:
         return dict(self._specials)
 
     def control(self, name: str) -> int:
-        """The id of a control token.
+        """The id of a control token, or of ``{end}``.
 
         Raises:
             ConfigError: if the tokenizer has no such token.
         """
+        if name == END:
+            if self.eos_id is None:
+                raise ConfigError(
+                    "tokenizer: no end token is known, and the chat format ends answers with it; "
+                    "name it: tokenizer: {..., eos: NAME}"
+                )
+            return self.eos_id
         if name not in self._specials:
             raise ConfigError(unknown("control token", name, self._specials))
         return self._specials[name]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never holds a control token."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+    def token_id(self, name: str) -> int | None:
+        """The id of the token that the vocabulary writes like this, control or not; None without one."""
+        found = self._backend.token_to_id(name)
+        return None if found is None else int(found)
+
+    def encode(self, text: str, *, is_first: bool = True) -> list[int]:
+        """Ids of plain text; never holds a control token.
+
+        Args:
+            text: the text.
+            is_first: False for text that continues a sequence, where some tokenizers begin no new word.
+        """
+        backend = self._backend if is_first else self._later
+        return list(backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _later(self) -> tokenizers.Tokenizer:
+        """The backend for text that does not begin a sequence (Metaspace's ``prepend_scheme: first``)."""
+        data = json.loads(self._backend.to_str())
+        if not _never_prepend(data.get("pre_tokenizer")):
+            return self._backend
+        backend = tokenizers.Tokenizer.from_str(json.dumps(data))
+        backend.encode_special_tokens = True
+        return backend
+
+    def split_controls(self, text: str) -> list[tuple[str, bool]]:
+        """A text of our own making in pieces: ``(piece, whether it is the name of a control token)``."""
+        pieces = self._control_names.split(text) if self._specials else [text]
+        return [(piece, place % 2 == 1) for place, piece in enumerate(pieces) if piece]
+
+    @cached_property
+    def _control_names(self) -> re.Pattern[str]:
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that the tokenizer itself puts before a text (``<s>``, ``[CLS]``); often none."""
+        return self._frame[0]
+
+    @property
+    def suffix(self) -> list[int]:
+        """Ids that it puts behind a text (``[SEP]``); often none."""
+        return self._frame[1]
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        framed = self._backend.encode("a", add_special_tokens=True)
+        own = [place for place, is_special in enumerate(framed.special_tokens_mask) if not is_special]
+        if not own:
+            return list(framed.ids), []
+        return list(framed.ids[: own[0]]), list(framed.ids[own[-1] + 1 :])
 
     def decode(self, ids: Sequence[int], *, with_controls: bool = False) -> str:
         """The text of ``ids``; control tokens are left out unless asked for."""
@@ -76,21 +191,47 @@ class Tokenizer:
         """Write ``tokenizer.json``."""
         Path(path).write_text(self._backend.to_str(), encoding="utf-8")
 
+    def hub_files(self) -> dict[str, dict[str, Any]]:
+        """``tokenizer.json`` and ``tokenizer_config.json`` as data, for any library that reads hub folders."""
+        named = {
+            f"{role}_token": name for role in ("pad", "bos", "eos") if (name := getattr(self.names, role)) is not None
+        }
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+        if self.names.media is not None:
+            config["media_token"] = self.names.media
+        return {"tokenizer.json": json.loads(self._backend.to_str()), "tokenizer_config.json": config}
+
     @classmethod
-    def load(cls, path: str | os.PathLike[str], controls: Iterable[str] = ()) -> Tokenizer:
-        """Read a ``tokenizer.json``.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        controls: Iterable[str] = (),
+        names: TokenNames | None = None,
+    ) -> Tokenizer:
+        """Read a ``tokenizer.json``, or the tokenizer files of a checkpoint folder in whichever format they are.
+
+        Args:
+            path: the file or the folder.
+            controls: control tokens to add where they are missing; nothing else is ever added to a published one.
+            names: what it calls its control tokens; what is None is taken from ``tokenizer_config.json`` beside it.
 
         Raises:
-            CheckpointError: if the file is missing or is not a tokenizer.
+            CheckpointError: if there is none, or the file is damaged.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            json.loads(text)
-            return cls(tokenizers.Tokenizer.from_str(text), controls)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except Exception as error:  # noqa: BLE001  (the backend raises bare Exception on a bad file)
-            raise CheckpointError(f"{path}: is not a tokenizer.json: {error}") from None
+        backend = read_backend(Path(path))
+        given, found = names or TokenNames(), read_names(Path(path), backend)
+        merged = {role: getattr(given, role) or name for role, name in found.items()}
+        return cls(backend, controls, TokenNames(**merged))
+
+
+def _never_prepend(pre_tokenizer: Any) -> bool:
+    """Change every ``first`` to ``never`` in a pre-tokenizer's data; whether there was one."""
+    if not isinstance(pre_tokenizer, dict):
+        return False
+    if pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+        return True
+    return any([_never_prepend(part) for part in pre_tokenizer.get("pretokenizers", ())])
 
 
 class TokenStream:
@@ -119,37 +260,3 @@ class TokenStream:
     def _advance(self, text: str) -> str:
         piece, self._sent = text[len(self._sent) :], text
         return piece
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = ()) -> Tokenizer:
-    """Train a byte-level BPE: every text can be encoded, and decoding gives it back exactly.
-
-    Source: Sennrich 1508.07909; byte-level as in GPT-2. Digits are single tokens.
-
-    Args:
-        texts: the corpus.
-        vocab_size: ids in all, the 256 bytes and the control tokens included.
-        controls: control tokens besides the standard ones.
-
-    Raises:
-        ConfigError: if ``vocab_size`` leaves no room for the bytes and the control tokens.
-    """
-    names = list(dict.fromkeys([PAD, MEDIA, *controls]))
-    if vocab_size < 256 + len(names):
-        raise ConfigError(
-            f"tokenizer.vocab_size: found {vocab_size}, expected at least {256 + len(names)} "
-            f"(256 bytes and {len(names)} control tokens)"
-        )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=names,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend, names)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
@@ -38,13 +38,34 @@ class Frame:
     pixels: NDArray[np.uint8]
 
 
-def spread_indices(available: int, wanted: int) -> tuple[int, ...]:
-    """The middles of ``min(wanted, available)`` equal spans of the video.
+Place = Literal["middle", "start", "ends"]
+"""Which frame stands for its span of a video."""
 
-    Example: 4 of 16 frames are 2, 6, 10 and 14; 8 of 3 frames are 0, 1 and 2.
+
+def spread_indices(available: int, wanted: int, place: Place = "middle") -> tuple[int, ...]:
+    """One frame of each of ``min(wanted, available)`` equal spans of the video.
+
+    Example: 4 of 16 frames are 2, 6, 10 and 14 (``middle``), 0, 4, 8 and 12 (``start``), or 0, 5, 10 and 15 (``ends``);
+    8 of 3 frames are 0, 1 and 2.
     """
     count = min(available, wanted)
+    if place == "start":
+        return tuple((i * available) // count for i in range(count))
+    if place == "ends" and count > 1:
+        return tuple((i * (available - 1)) // (count - 1) for i in range(count))
     return tuple(((2 * i + 1) * available) // (2 * count) for i in range(count))
+
+
+def clip_indices(available: int, wanted: int, stride: int) -> tuple[int, ...]:
+    """``wanted`` frames at a distance of ``stride``, from the middle of the video.
+
+    Example: 4 of 20 frames at a stride of 3 are 5, 8, 11 and 14. Where the video is too short, the largest stride that
+    fits is taken; where it has fewer frames than wanted, all of them.
+    """
+    count = min(available, wanted)
+    stride = min(stride, (available - 1) // (count - 1)) if count > 1 else 1
+    first = (available - (count - 1) * stride - 1) // 2
+    return tuple(range(first, first + count * stride, stride))[:count]
 
 
 def decode_frames(

@@ -8,6 +8,10 @@ from pydantic import PositiveInt
 
 from polymodal.core.config import Config, Table
 from polymodal.models.backbones.decoder import DecoderConfig
+from polymodal.models.backbones.encoder import EncoderBackboneConfig
+from polymodal.models.backbones.encoder_decoder import EncoderDecoderConfig
+from polymodal.models.backbones.latent import LatentConfig
+from polymodal.models.backbones.transformers_decoder import TransformersDecoderConfig
 
 
 class MergeConfig(Config):
@@ -28,5 +32,5 @@ class NoBackboneConfig(Config):
     use: Literal["none"] = "none"
 
 
-BACKBONES: Table[Config] = Table("backbone", [DecoderConfig, MergeConfig, NoBackboneConfig])
+BACKBONES: Table[Config] = Table("backbone", [EncoderBackboneConfig, DecoderConfig, EncoderDecoderConfig, TransformersDecoderConfig, MergeConfig, LatentConfig, NoBackboneConfig])
 """Every backbone by name."""

@@ -93,24 +93,7 @@ class Merge(nn.Module):
             tokens and validity as from :meth:`lay_out`, of ``N`` mixed samples, and the ``[N]`` int64 samples that they
             were made of.
         """
-        present_SC = torch.stack([is_valid[name].any(1) for name in self.entries], dim=1).cpu()
-        holders_C = present_SC.sum(0)
-        may_swap_SC = present_SC & (present_SC.sum(1, keepdim=True) > 1) & (holders_C > 1)
-        best_S, column_S = torch.rand(may_swap_SC.shape).masked_fill(~may_swap_SC, -1.0).max(1)
-        samples_N = (best_S >= 0).nonzero().squeeze(1)
-        mixed: dict[str, Tensor] = {}
-        mixed_valid: dict[str, Tensor] = {}
-        for column, name in enumerate(self.entries):
-            source_N = samples_N.clone()
-            is_swapped_N = column_S[samples_N] == column
-            holders = present_SC[:, column].nonzero().squeeze(1)
-            # A step of 1 .. holders - 1 along the ring of holders never comes back to the sample itself.
-            own_place = torch.searchsorted(holders, samples_N[is_swapped_N])
-            steps = torch.randint(1, max(2, len(holders)), own_place.shape)
-            source_N[is_swapped_N] = holders[(own_place + steps) % max(1, len(holders))]
-            source_N = source_N.to(tokens[name].device)
-            mixed[name], mixed_valid[name] = tokens[name][source_N], is_valid[name][source_N]
-        return mixed, mixed_valid, samples_N.to(tokens[name].device)
+        return mismatched(tokens, is_valid)
 
     def _place(
         self, name: str, connector: nn.Module, features: Features, stream: StreamBatch, num_samples: int
@@ -121,18 +104,7 @@ class Merge(nn.Module):
             x_UMW, valid_UM = connector(features.pooled_UD.unsqueeze(1), ones)
         else:
             x_UMW, valid_UM = connector(features.x_UND, features.is_valid_UN)
-        counts = torch.tensor(stream.unit_counts, device=x_UMW.device)
-        sample_of_unit = torch.repeat_interleave(stream.sample_of_item, counts)
-        units_of_sample = torch.bincount(sample_of_unit, minlength=num_samples)
-        slots = int(units_of_sample.max())
-        first_unit = units_of_sample.cumsum(0) - units_of_sample
-        slot_of_unit = torch.arange(len(sample_of_unit), device=x_UMW.device) - first_unit[sample_of_unit]
-        place = sample_of_unit * slots + slot_of_unit
-        num_tokens = x_UMW.shape[1]
-        tokens = x_UMW.new_zeros(num_samples * slots, num_tokens, x_UMW.shape[2]).index_copy(0, place, x_UMW)
-        valid = torch.zeros(num_samples * slots, num_tokens, dtype=torch.bool, device=x_UMW.device)
-        valid[place] = valid_UM
-        return tokens.view(num_samples, slots * num_tokens, -1), valid.view(num_samples, slots * num_tokens)
+        return by_sample(x_UMW, stream, num_samples), by_sample(valid_UM, stream, num_samples)
 
     def _drop(self, is_valid: dict[str, Tensor]) -> None:
         """Modality dropout: each sample may lose streams, never its last one."""
@@ -155,3 +127,41 @@ class Merge(nn.Module):
         tokens = torch.cat([first.unsqueeze(1), tokens_SMW[:, 1:]], dim=1)
         valid = torch.cat([(is_valid_SM[:, :1] | is_absent_S[:, None]), is_valid_SM[:, 1:]], dim=1)
         return tokens, valid
+
+
+def by_sample(x_UM: Tensor, stream: StreamBatch, num_samples: int) -> Tensor:
+    """The units of each sample's items one after another: ``[U, M, ...]`` to ``[S, slots * M, ...]``, padded with zeros.
+
+    Worked example: units ``a b`` of sample 0 and ``c`` of sample 2 become rows ``a b``, ``. .`` and ``c .``.
+    """
+    counts = torch.tensor(stream.unit_counts, device=x_UM.device)
+    sample_of_unit = torch.repeat_interleave(stream.sample_of_item, counts)
+    units_of_sample = torch.bincount(sample_of_unit, minlength=num_samples)
+    slots = int(units_of_sample.max())
+    first_unit = units_of_sample.cumsum(0) - units_of_sample
+    slot_of_unit = torch.arange(len(sample_of_unit), device=x_UM.device) - first_unit[sample_of_unit]
+    place = sample_of_unit * slots + slot_of_unit
+    rows = x_UM.new_zeros(num_samples * slots, *x_UM.shape[1:]).index_copy(0, place, x_UM)
+    return rows.view(num_samples, slots * x_UM.shape[1], *x_UM.shape[2:])
+
+
+def mismatched(tokens: Tokens, is_valid: Tokens) -> tuple[Tokens, Tokens, Tensor]:
+    """See :meth:`Merge.mismatch`; streams are those of ``tokens``."""
+    present_SC = torch.stack([is_valid[name].any(1) for name in tokens], dim=1).cpu()
+    holders_C = present_SC.sum(0)
+    may_swap_SC = present_SC & (present_SC.sum(1, keepdim=True) > 1) & (holders_C > 1)
+    best_S, column_S = torch.rand(may_swap_SC.shape).masked_fill(~may_swap_SC, -1.0).max(1)
+    samples_N = (best_S >= 0).nonzero().squeeze(1)
+    mixed: dict[str, Tensor] = {}
+    mixed_valid: dict[str, Tensor] = {}
+    for column, name in enumerate(tokens):
+        source_N = samples_N.clone()
+        is_swapped_N = column_S[samples_N] == column
+        holders = present_SC[:, column].nonzero().squeeze(1)
+        # A step of 1 .. holders - 1 along the ring of holders never comes back to the sample itself.
+        own_place = torch.searchsorted(holders, samples_N[is_swapped_N])
+        steps = torch.randint(1, max(2, len(holders)), own_place.shape)
+        source_N[is_swapped_N] = holders[(own_place + steps) % max(1, len(holders))]
+        source_N = source_N.to(tokens[name].device)
+        mixed[name], mixed_valid[name] = tokens[name][source_N], is_valid[name][source_N]
+    return mixed, mixed_valid, samples_N.to(tokens[name].device)

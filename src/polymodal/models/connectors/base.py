@@ -26,6 +26,10 @@ class ConnectorConfig(Config, ABC):
             ConfigError: if the connector cannot take that many features.
         """
 
+    def width_for(self, out_dim: int) -> int:
+        """Width of the tokens before a backbone of width ``out_dim``; another than that only a memory can have."""
+        return out_dim
+
     @abstractmethod
     def build(self, in_dim: int, out_dim: int) -> Connector:
         """The module, with new random weights, from features of ``in_dim`` to tokens of ``out_dim``."""

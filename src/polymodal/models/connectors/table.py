@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from polymodal.core.config import Table
 from polymodal.models.connectors.base import ConnectorConfig
+from polymodal.models.connectors.identity import IdentityConfig
 from polymodal.models.connectors.perceiver import PerceiverConfig
 from polymodal.models.connectors.pooling import PixelShuffleConfig, PoolConfig
 from polymodal.models.connectors.projections import LinearConfig, MLPConfig
@@ -14,6 +15,7 @@ CONNECTORS: Table[ConnectorConfig] = Table(
     "connector",
     [
         LinearConfig,
+        IdentityConfig,
         MLPConfig,
         PoolConfig,
         PixelShuffleConfig,

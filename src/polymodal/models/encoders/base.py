@@ -46,6 +46,11 @@ class EncoderConfig(Config, ABC):
     """Width of the features."""
 
     @property
+    def pooled_width(self) -> int:
+        """Width of the pooled vector."""
+        return self.width
+
+    @property
     @abstractmethod
     def unit_shape(self) -> tuple[int, ...]:
         """Shape of one unit without its ragged axis, as the reader's ``unit_shape``."""
@@ -113,6 +118,15 @@ class Encoder(nn.Module, ABC):
         Raises:
             ConfigError: if the units do not have the shape that the config states.
         """
+
+    def codes(self, values: Tensor, lengths_U: Tensor) -> Tensor:
+        """The discrete code of each feature, int64 ``[U, N]``: the largest of its values, for encoders that are codecs."""
+        features: Features = self(values, lengths_U)
+        return features.x_UND.argmax(-1)
+
+    def normed(self, features: Features) -> Tensor:
+        """Features as heads read them ``[U, N, D]``: normalised also where the encoder hands them on unnormalised."""
+        return features.x_UND
 
     def require_shape(self, values: Tensor, ragged: bool = True) -> None:
         """Prove that units have the stated shape.

@@ -71,7 +71,10 @@ class CnnTemporalConfig(EncoderConfig):
 
 
 class TemporalMix(nn.Module):
-    """``x + norm(conv over frames t-1, t, t+1)`` at each place; frames outside the video count as zeros.
+    """``x + gain * relu(norm(conv over frames t-1, t, t+1)))`` at each place; frames outside the video count as zeros.
+
+    The gain starts at zero: at first every frame is seen as an image, so that the weights of an image network of the
+    same widths are a good start (inflation, arXiv 1705.07750, section 2.3).
 
     Args:
         channels: ``C``.
@@ -81,6 +84,7 @@ class TemporalMix(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3 * channels, channels, 1, bias=False)
         self.norm = group_norm(channels)
+        self.gain_C = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
         """Same shape; padding frames are zero before and after."""
@@ -88,7 +92,7 @@ class TemporalMix(nn.Module):
         blank = x_ULCHW.new_zeros(x_ULCHW[:, :1].shape)
         before, after = torch.cat((blank, x_ULCHW[:, :-1]), 1), torch.cat((x_ULCHW[:, 1:], blank), 1)
         around = torch.cat((before, x_ULCHW, after), 2).flatten(0, 1).contiguous(memory_format=CHANNELS_LAST)
-        branch: Tensor = self.norm(self.conv(around)).relu()
+        branch: Tensor = self.norm(self.conv(around)).relu() * self.gain_C[:, None, None]
         mixed: Tensor = x_ULCHW + branch.view_as(x_ULCHW)
         return mixed
 
@@ -105,7 +109,7 @@ class CnnTemporal(Encoder):
         widths = [config.width // 2 ** (config.stages - 1 - stage) for stage in range(config.stages)]
         self.stem = nn.Sequential(nn.Conv2d(3, widths[0], 3, 2, 1, bias=False), group_norm(widths[0]), nn.ReLU())
         inputs = [widths[0], *widths[:-1]]
-        self.spatial = nn.ModuleList(
+        self.stages = nn.ModuleList(
             ResidualBlock(inside, outside, 2 if stage else 1)
             for stage, (inside, outside) in enumerate(zip(inputs, widths, strict=True))
         )
@@ -120,7 +124,7 @@ class CnnTemporal(Encoder):
         num_videos, num_frames = values.shape[:2]
         is_valid_UL = valid_mask(lengths_U, num_frames)
         x = self.stem(values.flatten(0, 1).contiguous(memory_format=CHANNELS_LAST))
-        for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
+        for spatial, temporal in zip(self.stages, self.temporal, strict=True):
             x = spatial(x).unflatten(0, (num_videos, num_frames))
             x = temporal(x, is_valid_UL).flatten(0, 1)
         kept_ULCHW = x.unflatten(0, (num_videos, num_frames))[:, ::2]

@@ -12,16 +12,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polymodal.modalities.points import PointsReaderConfig
-from polymodal.models.encoders.base import Encoder, Features, TransformerEncoderConfig, finish
-from polymodal.models.layers import Layout, Transformer
+from polymodal.models.encoders.base import Encoder, Features, TransformerEncoderConfig, finish, pool_max
+from polymodal.models.layers import Layout, Transformer, TransformerConfig
 from polymodal.models.layers.convolution import valid_mask
+from polymodal.models.layers.norm import TokenBatchNorm
 
 
 class PointGroupsConfig(TransformerEncoderConfig):
     """Farthest-point sampling, nearest neighbours, a small PointNet for each group, a transformer over groups.
 
-    Source: Point-BERT, arXiv 2111.14819, section 3.1 and figure 2. Deviations: layer in place of batch norm; colour
-    goes in beside the relative coordinates; the code of a group's centre is added once, not before every block.
+    Source: Point-BERT, arXiv 2111.14819, section 3.1 and figure 2. By default layer in place of batch norm, and the
+    code of a group's centre is added once; ``embedding: published`` and ``centres: every_block`` are as published.
+    Deviations either way: colour goes in beside the relative coordinates, and the first centre is the point farthest
+    from the mean, so that the order of points does not matter.
     """
 
     use: Literal["point_groups"] = "point_groups"
@@ -32,8 +35,28 @@ class PointGroupsConfig(TransformerEncoderConfig):
     """Neighbours in a group, its centre included; a smaller cloud is one group of all its points."""
     colour: bool = True
     """Whether points carry rgb after xyz."""
+    embedding: Literal["plain", "published"] = "plain"
+    """What makes a vector of a group: layers as wide as the transformer with layer norm, or the published ones (128,
+    256, 512, 256) with batch norm, then a linear map."""
+    centre_hidden: int | None = Field(default=None, ge=1)
+    """Hidden width of the map from a centre to its code (published: 128); None: ``width``."""
+    centres: Literal["once", "every_block"] = "once"
+    """Where the codes of the centres are added: before the first block, or before every block."""
+    qkv_bias: bool = True
+    """Whether queries, keys and values have a bias (published: none)."""
+    pool: Literal["mean", "cls", "cls_max"] = "mean"
+    """The pooled vector: the mean of the features, a class token, or that beside the maximum of the features."""
     num_points: int = Field(default=512, ge=1)
     """Points that the default reader takes; the encoder itself takes any number."""
+
+    @property
+    def pooled_width(self) -> int:
+        """``width``, or twice that for ``cls_max``."""
+        return self.width * (2 if self.pool == "cls_max" else 1)
+
+    def stack(self, depth: int | None = None, final_norm: bool = True) -> TransformerConfig:
+        """The transformer's config."""
+        return super().stack(depth, final_norm).model_copy(update={"qkv_bias": self.qkv_bias})
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
@@ -113,6 +136,28 @@ class GroupEncoder(nn.Module):
         return out
 
 
+class PublishedGroupEncoder(nn.Module):
+    """The same with the published widths and batch norm, then a linear map to the transformer's width.
+
+    Args:
+        channels: ``C`` of a point.
+        width: ``D``.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(channels, 128), TokenBatchNorm(128), nn.ReLU(), nn.Linear(128, 256))
+        self.second = nn.Sequential(nn.Linear(512, 512), TokenBatchNorm(512), nn.ReLU(), nn.Linear(512, 256))
+        self.reduce = nn.Linear(256, width)
+
+    def forward(self, groups_GKC: Tensor) -> Tensor:
+        """Map ``[..., K, C]`` to ``[..., D]``."""
+        x_GKD = self.first(groups_GKC)
+        whole_GKD = x_GKD.amax(dim=-2, keepdim=True).expand_as(x_GKD)
+        out: Tensor = self.reduce(self.second(torch.cat((whole_GKD, x_GKD), dim=-1)).amax(dim=-2))
+        return out
+
+
 class PointGroups(Encoder):
     """See :class:`PointGroupsConfig`."""
 
@@ -121,9 +166,14 @@ class PointGroups(Encoder):
     def __init__(self, config: PointGroupsConfig) -> None:
         super().__init__()
         self.config = config
-        self.group = GroupEncoder(config.unit_shape[0], config.width)
-        self.centre_proj = nn.Sequential(nn.Linear(3, config.width), nn.GELU(), nn.Linear(config.width, config.width))
+        width, hidden = config.width, config.centre_hidden or config.width
+        is_plain = config.embedding == "plain"
+        self.group = (GroupEncoder if is_plain else PublishedGroupEncoder)(config.unit_shape[0], width)
+        self.centre_proj = nn.Sequential(nn.Linear(3, hidden), nn.GELU(), nn.Linear(hidden, width))
         self.transformer = Transformer(config.stack())
+        has_cls = config.pool != "mean"
+        self.cls_token = nn.Parameter(torch.randn(width) * width**-0.5) if has_cls else None
+        self.cls_code = nn.Parameter(torch.randn(width) * width**-0.5) if has_cls else None
 
     def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
         """Encode clouds ``[U, L, C]``."""
@@ -137,6 +187,30 @@ class PointGroups(Encoder):
         near_UGK = nearest_points(xyz_UL3, is_valid_UL, centre_UG3, config.group_size)
         groups_UGKC = values[rows_U1[..., None], near_UGK]
         relative_UGK3 = groups_UGKC[..., :3] - centre_UG3[:, :, None]
-        x_UGD = self.group(torch.cat((relative_UGK3, groups_UGKC[..., 3:]), dim=-1)) + self.centre_proj(centre_UG3)
-        is_valid_UG = valid_mask(lengths_U.clamp(max=config.num_groups), x_UGD.shape[1])
-        return finish(self.transformer(x_UGD, Layout.padded(is_valid_UG, causal=False)), is_valid_UG)
+        groups_UGKC = torch.cat((relative_UGK3, groups_UGKC[..., 3:]), dim=-1)
+        is_valid_UG = valid_mask(lengths_U.clamp(max=config.num_groups), groups_UGKC.shape[1])
+        codes_UGD = self.centre_proj(centre_UG3)
+        # Only real groups are seen, and counted by batch norms.
+        x_UGD = torch.zeros_like(codes_UGD)
+        x_UGD[is_valid_UG] = self.group(groups_UGKC[is_valid_UG][:, None])[:, 0].to(x_UGD.dtype)
+        if self.cls_token is None or self.cls_code is None:
+            return finish(self._related(x_UGD, codes_UGD, is_valid_UG), is_valid_UG)
+        x_UTD = torch.cat((self.cls_token.expand(len(values), 1, -1), x_UGD), dim=1)
+        codes_UTD = torch.cat((self.cls_code.expand(len(values), 1, -1), codes_UGD), dim=1)
+        with_cls = torch.cat((is_valid_UG.new_ones(len(values), 1), is_valid_UG), dim=1)
+        states_UTD = self._related(x_UTD, codes_UTD, with_cls)
+        pooled_UD = states_UTD[:, 0]
+        if config.pool == "cls_max":
+            pooled_UD = torch.cat((pooled_UD, pool_max(states_UTD[:, 1:], is_valid_UG)), dim=1)
+        return finish(states_UTD[:, 1:], is_valid_UG, pooled_UD)
+
+    def _related(self, x_UTD: Tensor, codes_UTD: Tensor, is_valid_UT: Tensor) -> Tensor:
+        """The transformer's states, with the codes of the centres added where the config says."""
+        layout, stack = Layout.padded(is_valid_UT, causal=False), self.transformer
+        if self.config.centres == "once":
+            out: Tensor = stack(x_UTD + codes_UTD, layout)
+            return out
+        step = stack.step(x_UTD, layout)
+        for layer in range(len(stack.blocks)):
+            x_UTD = stack.run_block(layer, x_UTD + codes_UTD, step)
+        return x_UTD if stack.final_norm is None else stack.final_norm(x_UTD)

@@ -15,8 +15,13 @@ from polymodal.models.layers.convolution import RaggedConv, shortened, valid_mas
 class TcnConfig(EncoderConfig):
     """Residual blocks whose dilation doubles, so that the last one sees far.
 
-    Source: arXiv 1803.01271, section 3. Deviations: a strided stem shortens the window first; layer in place of weight
-    norm; pre-activation; not causal unless asked for.
+    As in the paper: two dilated convolutions a block, dilation ``2 ** i``, a residual around each block, causal where
+    asked for, dropout on the branch. One feature reads ``max(kernel, stride) + 2 stride (kernel - 1) (2 ** depth - 1)``
+    steps of the window (section 3.3, with two convolutions a block, behind the stem).
+
+    Source: TCN, arXiv 1803.01271, section 3. Deviations: a strided stem shortens the window first, so that a residual
+    needs no 1x1 convolution; layer in place of weight norm, so that no window depends on how weights are written;
+    pre-activation with gelu in place of post-activation with a rectifier; not causal unless asked for.
     """
 
     use: Literal["tcn"] = "tcn"
@@ -43,6 +48,11 @@ class TcnConfig(EncoderConfig):
         if self.depth > 16:
             raise ValueError(f"found depth {self.depth}, expected at most 16: dilation doubles with every block")
         return self
+
+    @property
+    def reach(self) -> int:
+        """Steps of the window that one feature depends on, away from its ends."""
+        return max(self.kernel, self.stride) + 2 * self.stride * (self.kernel - 1) * ((1 << self.depth) - 1)
 
     def num_features(self, length: int) -> int:
         """``ceil(length / stride)``."""

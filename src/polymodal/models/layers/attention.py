@@ -14,21 +14,9 @@ from torch import Tensor, nn
 from polymodal.core.errors import ConfigError
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.layout import Layout
+from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.norm import NormKind, build_norm
 from polymodal.models.layers.positions import rotate
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What cross-attention looks at.
-
-    Args:
-        x_BMC: features; for a packed layout, ``B`` is the number of segments and row s belongs to segment s.
-        is_valid_BM: bool, False on padding; None if there is none. A row without a valid feature gives zeros.
-    """
-
-    x_BMC: Tensor
-    is_valid_BM: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +26,8 @@ class Step:
     Args:
         layout: who may attend to whom.
         rope: cosines and sines of the rotary code, or None.
-        mask: ``may_attend`` over the keys, or None.
+        mask: ``may_attend`` over the keys, or what is added to the scores (relative positions, -inf where a token may
+            not attend), or None. Of packed segments: ``[1, H, L, L]`` of the longest, or None.
         is_causal: whether the causal flag stands in for a mask.
         cache: keys and values of earlier tokens, or None.
         is_first: whether the cache was empty before this step.
@@ -52,6 +41,29 @@ class Step:
     is_first: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionExtras:
+    """What few architectures do otherwise.
+
+    Args:
+        qk_norm: norm over each head of queries and keys (arXiv 2302.05442, section 2.1; per head as in Qwen3), or None.
+        norm_eps: epsilon of that norm.
+        key_bias: whether keys have a bias, where that differs (None: as queries and values).
+        scale: what scores are multiplied by; None: ``head_dim ** -0.5``.
+        extra_key: whether every token also attends to one learned key and value (``bias_k`` and ``bias_v`` of PyTorch's
+            own attention); for bidirectional rows.
+    """
+
+    qk_norm: NormKind | None = None
+    norm_eps: float = 1e-5
+    key_bias: bool | None = None
+    scale: float | None = None
+    extra_key: bool = False
+
+
+_NO_EXTRAS = AttentionExtras()
+
+
 class Attention(nn.Module):
     """Multi-head attention over ``[B, T, D]``, to itself or to a memory.
 
@@ -63,9 +75,8 @@ class Attention(nn.Module):
         memory_width: width of keys' and values' input; None attends to itself.
         qkv_bias: whether queries, keys and values have a bias.
         bias: whether the output projection has one.
-        qk_norm: norm over each head of queries and keys (arXiv 2302.05442, section 2.1; per head as in Qwen3), or None.
-        norm_eps: epsilon of that norm.
         dropout: probability of dropping an attention weight while training.
+        extras: what most do not need.
     """
 
     def __init__(
@@ -78,68 +89,114 @@ class Attention(nn.Module):
         memory_width: int | None = None,
         qkv_bias: bool = True,
         bias: bool = True,
-        qk_norm: NormKind | None = None,
-        norm_eps: float = 1e-5,
         dropout: float = 0.0,
+        extras: AttentionExtras = _NO_EXTRAS,
     ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.dropout = dropout
+        self.dropout, self.scale = dropout, extras.scale
+        key_bias = qkv_bias if extras.key_bias is None else extras.key_bias
         source = width if memory_width is None else memory_width
         self.q_proj = nn.Linear(width, heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(source, kv_heads * head_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(source, kv_heads * head_dim, bias=key_bias)
         self.v_proj = nn.Linear(source, kv_heads * head_dim, bias=qkv_bias)
         self.out_proj = nn.Linear(heads * head_dim, width, bias=bias)
+        self.sub_norm: nn.Module | None = None
+        """What the joined heads go through before the output projection; set by whoever builds the block."""
+        qk_norm, norm_eps = extras.qk_norm, extras.norm_eps
         self.q_norm = build_norm(qk_norm, head_dim, norm_eps) if qk_norm else None
         self.k_norm = build_norm(qk_norm, head_dim, norm_eps) if qk_norm else None
+        shape, std = (kv_heads, head_dim), (kv_heads * head_dim) ** -0.5
+        self.extra_k = nn.Parameter(torch.randn(shape) * std) if extras.extra_key else None
+        self.extra_v = nn.Parameter(torch.randn(shape) * std) if extras.extra_key else None
 
     def forward(self, x_BTD: Tensor, step: Step, layer: int) -> Tensor:
-        """Self-attention; ``layer`` is the place in the cache."""
+        """Self-attention; ``layer`` is the place in the cache.
+
+        Raises:
+            ConfigError: if there is an extra key and the layout is not one of bidirectional rows.
+        """
         q_BTHK, k_BTGK, v_BTGK = self._project(x_BTD, x_BTD)
         if step.rope is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, step.rope), rotate(k_BTGK, step.rope)
         if step.layout.segment_lengths is not None:
+            if self.extra_k is not None:
+                raise ConfigError("extra_key: found a packed layout, expected bidirectional rows")
             return self._packed(q_BTHK, k_BTGK, v_BTGK, step)
         q, k, v = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if step.cache is not None:
             seen_k, seen_v = step.cache.append(layer, k, v)
             if not step.is_first:
                 k, v = seen_k.to(q.dtype), seen_v.to(q.dtype)
+        if self.extra_k is not None and self.extra_v is not None:
+            if step.layout.causal or step.cache is not None:
+                raise ConfigError("extra_key: found a causal layout or a cache, expected bidirectional rows")
+            k, v = _one_more(k, self.extra_k), _one_more(v, self.extra_v)
+            mask = None if step.mask is None else F.pad(step.mask, (0, 1), value=step.mask.dtype == torch.bool)
+            return self._join(self._attend(q, k, v, mask, False))
         return self._join(self._attend(q, k, v, step.mask, step.is_causal))
 
-    def cross(self, x_BTD: Tensor, memory: Memory, layout: Layout) -> Tensor:
-        """Attention to a memory; a row (or segment) whose memory is all padding receives exactly zero."""
+    def cross(
+        self, x_BTD: Tensor, memory: Memory, layout: Layout, layer: int = 0, cache: KVCache | None = None
+    ) -> Tensor:
+        """Attention to a memory; a token that sees none of it receives exactly zero.
+
+        Args:
+            x_BTD: the tokens.
+            memory: what they look at; of a packed layout, one row for each segment.
+            layout: how the tokens stand.
+            layer: place in the cache.
+            cache: keeps the memory's keys and values, so that later steps do not project it again.
+        """
         rows = x_BTD.shape[0] if layout.segment_lengths is None else len(layout.segment_lengths)
         if memory.x_BMC.shape[0] != rows:
             raise ConfigError(f"cross-attention: found a memory of {memory.x_BMC.shape[0]} rows, expected {rows}")
-        q_BTHK, k_BMGK, v_BMGK = self._project(x_BTD, memory.x_BMC)
-        k, v = k_BMGK.transpose(1, 2), v_BMGK.transpose(1, 2)
-        mask, has_any_B = _memory_mask(memory)
+        if memory.is_empty:
+            return x_BTD.new_zeros(*x_BTD.shape[:2], self.out_proj.out_features)
+        q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
+        q_BTHK = _normed(q_BTHK, self.q_norm)
+        k, v = self._memory_keys(memory, layer, cache)
+        mask, sees_any = memory.mask
         if layout.segment_lengths is None:
-            out_BTD = self._join(self._attend(q_BTHK.transpose(1, 2), k, v, mask, False))
-            return out_BTD if has_any_B is None else out_BTD * has_any_B[:, None, None]
-        parts, segment = [], 0
-        queries = torch.split(q_BTHK[0], [count * length for count, length in layout.groups])
-        for (count, length), part in zip(layout.groups, queries, strict=True):
-            q = part.view(count, length, *part.shape[1:]).transpose(1, 2)
-            rows_of = slice(segment, segment + count)
-            group_mask = None if mask is None else mask[rows_of]
-            out = self._join(self._attend(q, k[rows_of], v[rows_of], group_mask, False))
-            if has_any_B is not None:
-                out = out * has_any_B[rows_of, None, None]
-            parts.append(out.flatten(0, 1))
-            segment += count
+            return self._seen(q_BTHK, k, v, mask, sees_any)
+        parts, segment, start = [], 0, 0
+        for count, length in layout.groups:
+            rows_of, tokens_of = slice(segment, segment + count), slice(start, start + count * length)
+            shape = (count, length)
+            q = torch.unflatten(q_BTHK[0, tokens_of], 0, shape)
+            if memory.may_attend_BTM is None:
+                own, any_own = (None if part is None else part[rows_of] for part in (mask, sees_any))
+            else:
+                own, any_own = (
+                    None if part is None else torch.unflatten(part[0, tokens_of], 0, shape) for part in (mask, sees_any)
+                )
+            parts.append(self._seen(q, k[rows_of], v[rows_of], own, any_own).flatten(0, 1))
+            segment, start = segment + count, start + count * length
         return torch.cat(parts)[None]
+
+    def _seen(self, q_BTHK: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_any: Tensor | None) -> Tensor:
+        """Attention of padded rows to their memory; mask ``[B, T or 1, M]``, sees_any ``[B, T or 1]``."""
+        mask = None if mask is None else mask[:, None]
+        out_BTD = self._join(self._attend(q_BTHK.transpose(1, 2), k.to(q_BTHK.dtype), v.to(q_BTHK.dtype), mask, False))
+        return out_BTD if sees_any is None else out_BTD * sees_any[..., None]
+
+    def _memory_keys(self, memory: Memory, layer: int, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, G, M, K]`` of a memory."""
+        if cache is not None and layer in cache.memory_keys:
+            return cache.memory_keys[layer]
+        x_BMC = memory.x_BMC
+        k = _normed(self.k_proj(x_BMC).unflatten(-1, (self.kv_heads, self.head_dim)), self.k_norm).transpose(1, 2)
+        v = self.v_proj(x_BMC).unflatten(-1, (self.kv_heads, self.head_dim)).transpose(1, 2)
+        if cache is not None:
+            cache.memory_keys[layer] = (k, v)
+        return k, v
 
     def _project(self, x_BTD: Tensor, source_BMC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
         k_BMGK = self.k_proj(source_BMC).unflatten(-1, (self.kv_heads, self.head_dim))
         v_BMGK = self.v_proj(source_BMC).unflatten(-1, (self.kv_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast projections answer in bfloat16; norm in the weights' dtype, then attend in one dtype.
-            dtype, precise = v_BMGK.dtype, self.q_norm.weight.dtype
-            q_BTHK = self.q_norm(q_BTHK.to(precise)).to(dtype)
-            k_BMGK = self.k_norm(k_BMGK.to(precise)).to(dtype)
+        # Under autocast projections answer in bfloat16; norm in the weights' dtype, then attend in one dtype.
+        q_BTHK, k_BMGK = _normed(q_BTHK, self.q_norm), _normed(k_BMGK, self.k_norm)
         return q_BTHK, k_BMGK, v_BMGK
 
     def _packed(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, step: Step) -> Tensor:
@@ -150,31 +207,45 @@ class Attention(nn.Module):
         parts = []
         for (count, length), q, k, v in zip(shapes, *(torch.split(row, sizes) for row in rows), strict=True):
             q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in (q, k, v))
-            parts.append(self._attend(q, k, v, None, step.is_causal).transpose(1, 2).reshape(count * length, -1))
+            # Positions count from 0 in every segment: the bias of a shorter one is a corner of the longest's.
+            bias = None if step.mask is None else step.mask[..., :length, :length]
+            parts.append(self._attend(q, k, v, bias, step.is_causal).transpose(1, 2).reshape(count * length, -1))
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
         if inverse is not None:
             joined = joined.index_select(0, inverse)
-        out: Tensor = self.out_proj(joined[None])
-        return out
+        return self._out(joined[None])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
         if self.kv_heads == self.heads:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale)
         if q.shape[2] == 1:
             # One query per head: the heads of a group become the queries of their key-value head, nothing is copied.
             grouped = q.reshape(q.shape[0], self.kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(grouped, k, v, mask, dropout).reshape(q.shape)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=True)
+            return F.scaled_dot_product_attention(grouped, k, v, mask, dropout, scale=self.scale).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale, enable_gqa=True)
 
     def _join(self, x_BHTK: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(x_BHTK.transpose(1, 2).flatten(2))
+        return self._out(x_BHTK.transpose(1, 2).flatten(2))
+
+    def _out(self, x_BTC: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(x_BTC if self.sub_norm is None else self.sub_norm(x_BTC))
         return out
 
 
-def _memory_mask(memory: Memory) -> tuple[Tensor | None, Tensor | None]:
-    if memory.is_valid_BM is None or bool(memory.is_valid_BM.all()):
-        return None, None
-    has_any_B = memory.is_valid_BM.any(dim=1)
-    mask = (memory.is_valid_BM | ~has_any_B[:, None])[:, None, None]
-    return mask, (None if bool(has_any_B.all()) else has_any_B)
+def _one_more(x_BGTK: Tensor, extra_GK: Tensor) -> Tensor:
+    """Keys or values with a learned one behind them."""
+    extra = extra_GK.to(x_BGTK.dtype)[None, :, None].expand(x_BGTK.shape[0], -1, -1, -1)
+    return torch.cat((x_BGTK, extra), dim=2)
+
+
+def _normed(x_BTHK: Tensor, norm: nn.Module | None) -> Tensor:
+    """Queries or keys through their norm, which computes in its own dtype."""
+    if norm is None:
+        return x_BTHK
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    out: Tensor = norm(x_BTHK.to(weight.dtype)).to(x_BTHK.dtype)
+    return out

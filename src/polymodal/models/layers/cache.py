@@ -5,10 +5,13 @@ Legend: ``B`` rows, ``T`` new tokens, ``H`` key-value heads, ``K`` head width, `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from polymodal.core.errors import ConfigError
+from polymodal.models.layers.memory import Memory
 
 
 class KVCache:
@@ -42,6 +45,14 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.max_tokens = max_tokens
+        self.memory: Memory | None = None
+        """What cross-attending layers look at, as the next tokens see it; encoded once."""
+        self.memory_keys: dict[int, tuple[Tensor, Tensor]] = {}
+        """Its keys and values ``[B, H, M, K]`` of each such layer."""
+        self.num_virtual = 0
+        """Slots before the first token of every row that hold virtual tokens; see :meth:`reserve`."""
+        self.is_pure = False
+        """Whether :meth:`append` keeps nothing, so that a block may be run twice."""
         self._lengths = [0] * rows
         self._slots_BT: Tensor | None = None
         self._end = 0
@@ -60,6 +71,23 @@ class KVCache:
     def lengths_B(self) -> Tensor:
         """Tokens in each row, int64 on the cache's device."""
         return torch.tensor(self._lengths, dtype=torch.int64, device=self.keys.device)
+
+    def reserve(self, virtual: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Put virtual tokens before every row: always seen, never counted as tokens of the row.
+
+        Args:
+            virtual: keys and values ``[1, H, P, K]`` of each layer.
+
+        Raises:
+            ConfigError: if the cache has read something already.
+        """
+        if self.length or self.num_virtual:
+            raise ConfigError(f"key-value cache: found {self.length} tokens, expected none before virtual tokens")
+        keys = torch.stack([keys[0] for keys, _ in virtual]).to(self.keys)[:, None].expand(-1, self.rows, -1, -1, -1)
+        values = torch.stack([v[0] for _, v in virtual]).to(self.values)[:, None].expand(-1, self.rows, -1, -1, -1)
+        self.keys = torch.cat((keys, self.keys), 3)
+        self.values = torch.cat((values, self.values), 3)
+        self.num_virtual = keys.shape[3]
 
     def begin(self, tokens: int) -> tuple[Tensor, Tensor | None, bool]:
         """Open a step that reads ``tokens`` new tokens in every row.
@@ -82,30 +110,52 @@ class KVCache:
         if min(self._lengths) == start:
             self._slots_BT = None
             positions_BT = (start + new_T)[None]
-            if start == 0 or tokens == 1:
-                return positions_BT, None, start == 0
+            if tokens == 1 or (start == 0 and not self.num_virtual):
+                return positions_BT + self.num_virtual, None, start == 0 and not self.num_virtual
         else:
             self._slots_BT = positions_BT = self.lengths_B[:, None] + new_T
-        seen_M = torch.arange(self._end, device=device)
-        return positions_BT, (seen_M <= positions_BT[..., None])[:, None], False
+        # Virtual tokens have negative places here, so that every token sees them.
+        seen_M = torch.arange(-self.num_virtual, self._end, device=device)
+        return positions_BT + self.num_virtual, (seen_M <= positions_BT[..., None])[:, None], False
 
     def append(self, layer: int, keys_BHTK: Tensor, values_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns views ``[B, H, M, K]`` of all that the step may see."""
         keys, values = self.keys[layer], self.values[layer]
+        end = self.num_virtual + self._end
         if self._slots_BT is None:
-            start = self._end - keys_BHTK.shape[2]
-            keys[:, :, start : self._end] = keys_BHTK
-            values[:, :, start : self._end] = values_BHTK
+            start = end - keys_BHTK.shape[2]
+            keys[:, :, start:end] = keys_BHTK
+            values[:, :, start:end] = values_BHTK
         else:
             rows_B1 = torch.arange(self.rows, device=keys.device)[:, None]
-            keys[rows_B1, :, self._slots_BT] = keys_BHTK.transpose(1, 2).to(keys.dtype)
-            values[rows_B1, :, self._slots_BT] = values_BHTK.transpose(1, 2).to(values.dtype)
-        return keys[:, :, : self._end], values[:, :, : self._end]
+            slots_BT = self._slots_BT + self.num_virtual
+            keys[rows_B1, :, slots_BT] = keys_BHTK.transpose(1, 2).to(keys.dtype)
+            values[rows_B1, :, slots_BT] = values_BHTK.transpose(1, 2).to(values.dtype)
+        return keys[:, :, :end], values[:, :, :end]
 
     def end(self, tokens: int, is_valid_BT: Tensor | None) -> None:
         """Close the step: each row grows by its valid tokens (which stand before its padding)."""
         grown = [tokens] * self.rows if is_valid_BT is None else is_valid_BT.sum(dim=1).tolist()
         self._lengths = [length + int(new) for length, new in zip(self._lengths, grown, strict=True)]
+
+    def remember(self, memory: Memory | None) -> Memory | None:
+        """Take a new memory, or give back the one that is held."""
+        if memory is not None:
+            self.memory_keys = {}
+            self.memory = memory.following()
+            return memory
+        return self.memory
+
+    @property
+    def num_visible(self) -> int:
+        """Slots that the open step may see, its own tokens included."""
+        return self._end
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        held = [self.keys, self.values, *(part for pair in self.memory_keys.values() for part in pair)]
+        return sum(part.numel() * part.element_size() for part in held)
 
     def crop(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of each row."""
@@ -128,10 +178,14 @@ class KVCache:
             raise ConfigError(f"key-value cache: found {self.length} tokens, expected at most the copy's {slots}")
         layers, old_rows, heads, _, head_dim = self.keys.shape
         new_rows = rows or old_rows
-        copy = KVCache(layers, new_rows, heads, slots, head_dim, self.keys.dtype, self.keys.device)
-        copy.keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length]
-        copy.values[:, :, :, : self.length] = self.values[:, :, :, : self.length]
+        held = self.num_virtual + self.length
+        copy = KVCache(layers, new_rows, heads, self.num_virtual + slots, head_dim, self.keys.dtype, self.keys.device)
+        copy.max_tokens, copy.num_virtual = slots, self.num_virtual
+        copy.keys[:, :, :, :held] = self.keys[:, :, :, :held]
+        copy.values[:, :, :, :held] = self.values[:, :, :, :held]
         copy._lengths = self._lengths * (new_rows // old_rows)
+        rows_B = torch.arange(old_rows, device=self.keys.device).repeat(new_rows // old_rows)
+        copy._take_memory(self, rows_B)
         return copy
 
     def select(self, rows_B: Tensor) -> None:
@@ -139,3 +193,8 @@ class KVCache:
         self.keys = self.keys[:, rows_B]
         self.values = self.values[:, rows_B]
         self._lengths = [self._lengths[row] for row in rows_B.tolist()]
+        self._take_memory(self, rows_B)
+
+    def _take_memory(self, other: KVCache, rows_B: Tensor) -> None:
+        self.memory = None if other.memory is None else other.memory.select(rows_B)
+        self.memory_keys = {layer: (k[rows_B], v[rows_B]) for layer, (k, v) in other.memory_keys.items()}

@@ -71,12 +71,35 @@ class Layout:
         segment_lengths: tokens of each packed segment in order (then ``B == 1``); None for padded rows.
         positions_BT: int64 positions for rotary codes; None counts 0, 1, ... within each row or segment. With a cache
             the cache counts, and these are not read.
+        source_lengths: for an encoder-decoder, how many tokens at the beginning of each row or segment its encoder
+            reads; None for all others.
     """
 
     causal: bool
     is_valid_BT: Tensor | None = None
     segment_lengths: tuple[int, ...] | None = None
     positions_BT: Tensor | None = None
+    is_causal_T: Tensor | None = None
+    """Bool, for rows that are neither causal nor bidirectional: see :meth:`prefixed`."""
+    source_lengths: tuple[int, ...] | None = None
+    rope: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines ``[1, T, 1, K]`` of a rotary code that the caller made (``rope_2d``); None: the stack's."""
+
+    @classmethod
+    def prefixed(cls, is_valid_BT: Tensor, is_causal_T: Tensor) -> Layout:
+        """Rows with a prefix in which all see each other, and causal tokens that see it and what stands before them.
+
+        Worked example, causal tokens ``[0 1 1]``, rows are queries (Dong 1905.03197, section 2.3)::
+
+            1 0 0
+            1 1 0
+            1 1 1
+
+        Args:
+            is_valid_BT: bool, False on padding.
+            is_causal_T: bool, which tokens are causal; they need not stand last.
+        """
+        return cls(False, is_valid_BT, is_causal_T=is_causal_T)
 
     @classmethod
     def padded(cls, is_valid_BT: Tensor | None, causal: bool, positions_BT: Tensor | None = None) -> Layout:
@@ -184,6 +207,12 @@ class Layout:
         """
         if self.is_valid_BT is None:
             return None
+        if self.is_causal_T is not None:
+            tokens = len(self.is_causal_T)
+            before_TT = torch.ones(tokens, tokens, dtype=torch.bool, device=self.is_causal_T.device).tril()
+            may_attend_TT = ~self.is_causal_T | (self.is_causal_T[:, None] & before_TT)
+            own_TT = torch.eye(tokens, dtype=torch.bool, device=self.is_causal_T.device)
+            return ((may_attend_TT & self.is_valid_BT[:, None, :]) | own_TT)[:, None]
         if not self.causal:
             # A row without any valid token attends everywhere: finite, and never read.
             has_none_B1 = ~self.is_valid_BT.any(dim=1, keepdim=True)

@@ -33,13 +33,23 @@ class MLP(nn.Module):
         activation: name of the non-linearity.
         gated: whether a second projection gates the first.
         bias: whether the projections have a bias.
+        sub_norm: normalises the hidden state before the last projection (Magneto, arXiv 2210.06423); None: nothing.
     """
 
-    def __init__(self, width: int, hidden: int, activation: Activation, gated: bool, bias: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: Activation,
+        gated: bool,
+        bias: bool,
+        sub_norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.activation: Activation = activation
         self.gate_proj = nn.Linear(width, hidden, bias=bias) if gated else None
         self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.sub_norm = sub_norm
         self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -49,5 +59,7 @@ class MLP(nn.Module):
             hidden_BTF = activate(up_BTF, self.activation)
         else:
             hidden_BTF = activate(self.gate_proj(x_BTD), self.activation) * up_BTF
+        if self.sub_norm is not None:
+            hidden_BTF = self.sub_norm(hidden_BTF)
         out: Tensor = self.down_proj(hidden_BTF)
         return out

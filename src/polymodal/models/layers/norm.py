@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
-NormKind = Literal["layer", "rms"]
+NormKind = Literal["layer", "rms", "batch"]
 
 
-def build_norm(kind: NormKind, width: int, eps: float, bias: bool = True) -> nn.LayerNorm | nn.RMSNorm:
-    """Layer or root-mean-square normalisation over the last axis.
+class TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of the channels of tokens ``[..., D]``; every token counts, so padding must not be there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Same shape; statistics of the batch while training, the running ones otherwise."""
+        return super().forward(input.flatten(0, -2)).view_as(input)
+
+
+def build_norm(kind: NormKind, width: int, eps: float, bias: bool = True) -> nn.LayerNorm | nn.RMSNorm | TokenBatchNorm:
+    """Layer, root-mean-square or batch normalisation of the last axis.
 
     Args:
-        kind: ``layer`` (mean and variance, Ba et al. 2016) or ``rms`` (Zhang and Sennrich 2019, which has no bias).
+        kind: ``layer`` (mean and variance, Ba et al. 2016), ``rms`` (Zhang and Sennrich 2019, which has no bias) or
+            ``batch`` (Ioffe and Szegedy 2015: over the tokens of a batch; PatchTST's).
         width: size of the last axis.
         eps: added to the variance or mean square.
         bias: whether layer normalisation has a shift.
     """
+    if kind == "batch":
+        return TokenBatchNorm(width, eps=eps)
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)
     return nn.RMSNorm(width, eps=eps)

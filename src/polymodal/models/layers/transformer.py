@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -12,12 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
-from polymodal.models.layers.attention import Attention, Memory, Step
+from polymodal.models.layers.attention import Attention, AttentionExtras, Step
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.layout import Layout
+from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.mlp import MLP, Activation
 from polymodal.models.layers.norm import NormKind, build_norm
-from polymodal.models.layers.positions import rope_tables
+from polymodal.models.layers.positions import RelativePositions, rope_tables
+from polymodal.models.layers.rope_scaling import RopeScaling
 
 
 class TransformerConfig(Config):
@@ -43,8 +45,24 @@ class TransformerConfig(Config):
     """Whether projections and layer norms have a bias."""
     qkv_bias: bool | None = None
     """Whether queries, keys and values have a bias; None: as ``bias``."""
+    key_bias: bool | None = None
+    """Whether keys have one (a bias of keys shifts all scores of a query alike); None: as queries and values."""
     rope_theta: float | None = Field(default=None, gt=0)
     """Base of the rotary code; None: no rotary code."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary code is stretched to longer texts; None: not."""
+    window: int | None = Field(default=None, ge=1)
+    """Tokens that a token of a causal layout sees, itself included (arXiv 2310.06825, section 2); None: all before."""
+    relative_buckets: int | None = Field(default=None, ge=4)
+    """Buckets of learned relative positions, added to the attention scores of every block alike (T5); None: none."""
+    relative_distance: int = Field(default=128, ge=2)
+    """Distance from which on all relative positions share a bucket."""
+    attention_scale: float | None = Field(default=None, gt=0)
+    """What attention scores are multiplied by (T5: 1); None: ``head width ** -0.5``."""
+    extra_key: bool = False
+    """Whether every token also attends to one learned key and value (ImageBind); for bidirectional rows."""
+    sub_norm: Literal["none", "mlp", "both"] = "none"
+    """Norms before the last projection of the MLP, or of MLP and self-attention (Magneto, arXiv 2210.06423; EVA-02)."""
     pre_norm: bool = True
     """Whether norms stand before each sublayer (GPT-2 and later) or after the residual sum (BERT)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -55,6 +73,12 @@ class TransformerConfig(Config):
     """Width of the memory that blocks cross-attend to, between self-attention and MLP; None: no cross-attention."""
     cross_every: int = Field(default=1, ge=1)
     """Blocks 0, n, 2n, ... cross-attend."""
+    cross_gate: Literal["none", "tanh", "tanh_channel"] = "none"
+    """``none``: cross-attention stands within the block. ``tanh``: a block of its own, cross-attention and MLP, stands
+    before it, and a learned gate that starts closed lets its results in (Flamingo, arXiv 2204.14198, section 3.2).
+    ``tanh_channel``: with a gate per channel."""
+    cross_qk_norm: bool = False
+    """Whether queries and keys of the cross-attention are normalised per head."""
     final_norm: bool = True
     """Whether the output is normalised."""
 
@@ -64,6 +88,14 @@ class TransformerConfig(Config):
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; change one or set head_dim")
         if self.heads % self.num_kv_heads:
             raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.relative_buckets is not None and self.num_kv_heads != self.heads:
+            raise ValueError(
+                f"relative positions need as many kv_heads as heads, found {self.kv_heads} and {self.heads}"
+            )
+        if self.relative_buckets is not None and self.window is not None:
+            raise ValueError(f"found both relative positions and window {self.window}, expected one of them")
+        if self.rope_scaling is not None and self.rope_theta is None:
+            raise ValueError("found rope_scaling without a rotary code, expected rope_theta beside it")
         if self.rope_theta is not None and self.size_of_head % 2:
             raise ValueError(f"rotary codes need an even head width, found {self.size_of_head}")
         return self
@@ -78,6 +110,55 @@ class TransformerConfig(Config):
         """``head_dim`` with its default filled in."""
         return self.width // self.heads if self.head_dim is None else self.head_dim
 
+    def resolved(self) -> Self:
+        """The same architecture with every default that follows from other fields filled in."""
+        qkv_bias = self.bias if self.qkv_bias is None else self.qkv_bias
+        return self.model_copy(
+            update={
+                "kv_heads": self.num_kv_heads,
+                "head_dim": self.size_of_head,
+                "mlp_dim": self.mlp_dim or 4 * self.width,
+                "qkv_bias": qkv_bias,
+                "key_bias": qkv_bias if self.key_bias is None else self.key_bias,
+            }
+        )
+
+
+class GatedCross(nn.Module):
+    """Cross-attention and an MLP, each let in by the hyperbolic tangent of a learned gate.
+
+    The gates start at zero: a decoder that learns to see answers at first as it did before.
+
+    Source: Flamingo, arXiv 2204.14198, section 3.2 and figure 4. Tokens that see nothing pass the MLP as well.
+
+    Args:
+        config: of the whole stack.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        gate_width = config.width if config.cross_gate == "tanh_channel" else 1
+        self.attention_norm = _norm(config)
+        self.attention = _attention(config, config.cross_width)
+        self.attention_gate = nn.Parameter(torch.zeros(gate_width))
+        self.mlp_norm = _norm(config)
+        self.mlp = _mlp(config)
+        self.mlp_gate = nn.Parameter(torch.zeros(gate_width))
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def gates(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """What lets in, before the tangent: of the attention and of the MLP."""
+        return self.attention_gate, self.mlp_gate
+
+    def forward(self, x_BTD: Tensor, step: Step, layer: int, memory: Memory | None) -> Tensor:
+        """Let a memory in; without one only the MLP acts."""
+        if memory is not None:
+            branch = self.attention.cross(self.attention_norm(x_BTD), memory, step.layout, layer, step.cache)
+            x_BTD = x_BTD + self.attention_gate.tanh() * self.dropout(branch)
+        out: Tensor = x_BTD + self.mlp_gate.tanh() * self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        return out
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention where the config asks for it, MLP; each with a residual.
@@ -90,12 +171,14 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, has_cross: bool) -> None:
         super().__init__()
         self.pre_norm = config.pre_norm
+        self.gated_cross = GatedCross(config) if has_cross and config.cross_gate != "none" else None
+        has_cross = has_cross and config.cross_gate == "none"
         self.attention_norm = _norm(config)
         self.attention = _attention(config, None)
         self.cross_norm = _norm(config) if has_cross else None
         self.cross_attention = _attention(config, config.cross_width) if has_cross else None
         self.mlp_norm = _norm(config)
-        self.mlp = MLP(config.width, config.mlp_dim or 4 * config.width, config.activation, config.gated, config.bias)
+        self.mlp = _mlp(config)
         self.dropout = nn.Dropout(config.dropout)
         scale = config.layer_scale
         self.attention_scale = nn.Parameter(torch.full((config.width,), scale)) if scale else None
@@ -104,11 +187,13 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, step: Step, layer: int, memory: Memory | None) -> Tensor:
         """One block; ``layer`` is its place in the cache."""
+        if self.gated_cross is not None:
+            x_BTD = self.gated_cross(x_BTD, step, layer, memory)
         branch = self.attention(self.attention_norm(x_BTD) if self.pre_norm else x_BTD, step, layer)
         x_BTD = self._add(x_BTD, branch, self.attention_scale, self.attention_norm)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             inner = self.cross_norm(x_BTD) if self.pre_norm else x_BTD
-            branch = self.cross_attention.cross(inner, memory, step.layout)
+            branch = self.cross_attention.cross(inner, memory, step.layout, layer, step.cache)
             x_BTD = self._add(x_BTD, branch, self.cross_scale, self.cross_norm)
         branch = self.mlp(self.mlp_norm(x_BTD) if self.pre_norm else x_BTD)
         return self._add(x_BTD, branch, self.mlp_scale, self.mlp_norm)
@@ -135,6 +220,9 @@ class Transformer(nn.Module):
         crosses = [config.cross_width is not None and i % config.cross_every == 0 for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, has_cross) for has_cross in crosses)
         self.final_norm = _norm(config) if config.final_norm else None
+        self.relative: RelativePositions | None = None
+        if config.relative_buckets is not None:
+            self.relative = RelativePositions(config.relative_buckets, config.relative_distance, config.heads)
         initialise(self, config.depth)
 
     def forward(
@@ -146,7 +234,7 @@ class Transformer(nn.Module):
             x_BTD: token states, positions already added unless rotary.
             layout: who may attend to whom; with a cache it is causal and describes the new tokens.
             cache: read and filled in place; rows grow by their valid new tokens.
-            memory: what cross-attending blocks look at; None skips them.
+            memory: what cross-attending blocks look at; None skips them, or takes what the cache remembers.
 
         Returns:
             States of the same shape and dtype.
@@ -160,6 +248,8 @@ class Transformer(nn.Module):
         if cache is None and memory is None and (valid := layout.without_padding()) is not None:
             return self._unpadded(x_BTD, *valid)
         step = self.step(x_BTD, layout, cache)
+        if cache is not None:
+            memory = cache.remember(memory)
         for layer in range(len(self.blocks)):
             x_BTD = self.run_block(layer, x_BTD, step, memory)
         if cache is not None:
@@ -186,7 +276,7 @@ class Transformer(nn.Module):
         """One block, recomputed in the backward pass where ``checkpointing`` asks for it."""
         block = self.blocks[layer]
         out: Tensor
-        if self.checkpointing and torch.is_grad_enabled() and step.cache is None:
+        if self.checkpointing and torch.is_grad_enabled() and (step.cache is None or step.cache.is_pure):
             out = checkpoint(block, x_BTD, step, layer, memory, use_reentrant=False)
         else:
             out = block(x_BTD, step, layer, memory)
@@ -203,8 +293,50 @@ class Transformer(nn.Module):
         else:
             positions_BT, mask, is_first = layout.positions(tokens, x_BTD.device), layout.mask, False
             is_causal = layout.causal and mask is None
-        rope = None if theta is None else rope_tables(positions_BT, self.config.size_of_head, theta, x_BTD.dtype)
+        rope = layout.rope
+        if theta is not None:
+            scaling = self.config.rope_scaling
+            rope = rope_tables(positions_BT, self.config.size_of_head, theta, x_BTD.dtype, scaling)
+        if self.relative is not None:
+            mask, is_causal = self._relative_mask(layout, positions_BT, mask, is_causal, cache), False
+        if self.config.window is not None:
+            mask, is_causal = self._windowed(layout, positions_BT, mask, is_causal, cache)
         return Step(layout, rope, mask, is_causal, cache, is_first)
+
+    def _windowed(
+        self, layout: Layout, positions_BT: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
+    ) -> tuple[Tensor | None, bool]:
+        """The mask and the causal flag where a token sees only its window; unchanged for short sequences."""
+        window, num_virtual = self.config.window, 0 if cache is None else cache.num_virtual
+        if cache is not None:
+            queries_BT, num_keys = positions_BT, cache.num_visible + num_virtual
+        else:
+            num_keys = positions_BT.shape[1] if layout.segment_lengths is None else max(layout.segment_lengths)
+            queries_BT = torch.arange(num_keys, device=positions_BT.device)[None]
+        if window is None or num_keys <= window:
+            return mask, is_causal
+        if not layout.causal:
+            raise ConfigError("found a bidirectional layout, expected a causal one: this transformer has a window")
+        keys_M = torch.arange(num_keys, device=positions_BT.device)
+        ages_BTM = queries_BT[..., None] - keys_M
+        near = ((ages_BTM >= 0) & (ages_BTM < window) | (keys_M < num_virtual))[:, None]
+        return near if mask is None else near & mask, False
+
+    def _relative_mask(
+        self, layout: Layout, positions_BT: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None
+    ) -> Tensor:
+        """Relative positions and who may attend in one: what is added to the scores, ``[B or 1, H, T, M]``."""
+        assert self.relative is not None
+        if cache is not None:
+            queries_BT, num_keys = positions_BT, cache.num_visible
+        else:
+            num_keys = positions_BT.shape[1] if layout.segment_lengths is None else max(layout.segment_lengths)
+            queries_BT = torch.arange(num_keys, device=positions_BT.device)[None]
+        bias: Tensor = self.relative(queries_BT, num_keys, layout.causal)
+        if is_causal:
+            keys_M = torch.arange(num_keys, device=bias.device)
+            bias = bias.masked_fill((keys_M > queries_BT[..., None])[:, None], -torch.inf)
+        return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
 
 
 def initialise(module: nn.Module, depth: int) -> None:
@@ -232,7 +364,8 @@ def _norm(config: TransformerConfig) -> nn.Module:
 
 
 def _attention(config: TransformerConfig, memory_width: int | None) -> Attention:
-    return Attention(
+    has_qk_norm = config.qk_norm if memory_width is None else config.cross_qk_norm
+    attention = Attention(
         config.width,
         config.heads,
         config.num_kv_heads,
@@ -240,7 +373,22 @@ def _attention(config: TransformerConfig, memory_width: int | None) -> Attention
         memory_width=memory_width,
         qkv_bias=config.bias if config.qkv_bias is None else config.qkv_bias,
         bias=config.bias,
-        qk_norm=config.norm if config.qk_norm else None,
-        norm_eps=config.norm_eps,
         dropout=config.dropout,
+        extras=AttentionExtras(
+            qk_norm=config.norm if has_qk_norm else None,
+            norm_eps=config.norm_eps,
+            key_bias=config.key_bias,
+            scale=config.attention_scale,
+            extra_key=config.extra_key and memory_width is None,
+        ),
     )
+    if config.sub_norm == "both" and memory_width is None:
+        width = config.heads * config.size_of_head
+        attention.sub_norm = build_norm(config.norm, width, config.norm_eps, config.bias)
+    return attention
+
+
+def _mlp(config: TransformerConfig) -> MLP:
+    hidden = config.mlp_dim or 4 * config.width
+    sub_norm = None if config.sub_norm == "none" else build_norm(config.norm, hidden, config.norm_eps, config.bias)
+    return MLP(config.width, hidden, config.activation, config.gated, config.bias, sub_norm)

@@ -19,11 +19,13 @@ class Size:
         config: its ``config.json``, as far as it differs from the library's defaults.
         parameters: its number of parameters, shared ones once.
         preprocessor: its ``preprocessor_config.json``.
+        unused: how many of the parameters our model does not build: they come after the layer whose features are read.
     """
 
     config: Mapping[str, Any]
     parameters: int
     preprocessor: Mapping[str, Any] = field(default_factory=dict)
+    unused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,16 @@ class Vocabulary:
     Args:
         size: number of ids.
         controls: control tokens and their ids.
+        bos_id: id of the token that begins a text, if there is one.
+        eos_id: id of the token that ends one.
+        pad_id: id of the token that fills rows.
     """
 
     size: int
     controls: Mapping[str, int] = field(default_factory=dict)
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,10 @@ class Architecture:
         to_hub: (model, vocabulary) -> JSON files by name (``config.json``, ``preprocessor_config.json``, ...). Raises
             ConfigError if the model is not of this architecture.
         sizes: published checkpoints by name.
+        classes: the library's classes (``architectures`` in ``config.json``) that it reads, where another one reads the
+            others of the same ``model_type``; empty for all.
+        config_file: what an export calls its config.
+        weights_file: what an export calls its weights.
     """
 
     name: str
@@ -62,6 +74,13 @@ class Architecture:
     names: Callable[[ModelConfig, Collection[str]], NameTable]
     to_hub: Callable[[ModelConfig, Vocabulary], dict[str, dict[str, Any]]]
     sizes: Mapping[str, Size] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+    config_file: str = "config.json"
+    weights_file: str = "model.safetensors"
+
+    def reads(self, configs: HubConfigs) -> bool:
+        """Whether it reads a checkpoint of these configs."""
+        return configs.model_type in self.model_types and (not self.classes or bool({*configs.classes} & {*self.classes}))
 
     def model(self, configs: HubConfigs) -> ModelConfig:
         """The model of a checkpoint's configs.

@@ -9,8 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from polymodal.core.errors import CheckpointError
+
+
+class _NoDraws(TorchFunctionMode):
+    """Draws no numbers for tensors without memory: torch would import its compiler for that, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave out what has nothing to fill."""
+        filled = args[0] if args else (kwargs or {}).get("tensor")
+        if getattr(func, "__name__", "") in _DRAWS and isinstance(filled, Tensor) and filled.device.type == "meta":
+            return filled
+        return func(*args, **(kwargs or {}))
+
+
+_DRAWS = frozenset(("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_"))
+"""Methods of tensors, and functions of ``torch.nn.init``, which reach the mode as a whole."""
 
 
 @contextmanager
@@ -24,7 +40,8 @@ def no_weights() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)
     try:
-        yield
+        with _NoDraws():
+            yield
     finally:
         handle.remove()
 
@@ -69,7 +86,8 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
             tensor = tensor.to(old.dtype)
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if is_parameter else tensor
         for module, attribute in holders[id(old)]:
-            (module._parameters if is_parameter else module._buffers)[attribute] = new
+            held_there: dict[str, Any] = module._parameters if is_parameter else module._buffers
+            held_there[attribute] = new
 
 
 def without_memory(network: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,14 @@ from polymodal.core.errors import CheckpointError
 CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """File names in order of preference; each may be sharded, with an index beside it."""
+OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_OPEN_CLIP_WEIGHTS = (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin")
+"""The same for folders of ``open_clip``, whose repositories may hold both layouts."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is laid out as model hubs do."""
+    return any((folder / name).is_file() for name in (CONFIG, OPEN_CLIP_CONFIG))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,7 @@ class HubConfigs:
         processor: ``processor_config.json``.
         generation: ``generation_config.json``.
         tokenizer: ``tokenizer_config.json``.
+        vocabulary: ``vocab.json``; read for ctc models alone, whose alphabet it is.
         folder: where they lie; None for configs that were never on a disk (published sizes).
     """
 
@@ -40,17 +49,26 @@ class HubConfigs:
     processor: Mapping[str, Any] = field(default_factory=dict)
     generation: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
     @property
     def model_type(self) -> str:
-        """What ``config.json`` calls the architecture."""
+        """What ``config.json`` calls the architecture; ``timm/NAME`` for a config of timm's, which has another key."""
+        if "model_type" not in self.config and "architecture" in self.config:
+            return f"timm/{self.config['architecture']}"
         return str(self.config.get("model_type", ""))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes of the reference library that wrote it (``architectures``)."""
         return tuple(self.config.get("architectures") or ())
+
+    @property
+    def stored(self) -> Collection[str]:
+        """Names of the folder's tensors, for what its configs do not say; () where there are none."""
+        folder = None if self.folder is None else HubFolder(self.folder)
+        return folder.tensors.keys() if folder is not None and folder.has_weights else ()
 
 
 class HubFolder:
@@ -65,7 +83,7 @@ class HubFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not (self.path / CONFIG).is_file():
+        if not is_checkpoint(self.path):
             raise CheckpointError(
                 f"{self.path}: holds no {CONFIG}; expected a checkpoint folder as model hubs lay it out, "
                 "or a run folder"
@@ -75,12 +93,19 @@ class HubFolder:
         if not preprocessor:
             nested = [processor.get(key) for key in ("image_processor", "feature_extractor")]
             preprocessor = next((part for part in nested if isinstance(part, dict)), {})
+        config = self._json(CONFIG)
+        self._weights = _WEIGHTS
+        if (self.path / OPEN_CLIP_CONFIG).is_file() and not ("model_type" in config and self.has_weights):
+            config = {"model_type": "open_clip", **self._json(OPEN_CLIP_CONFIG)}
+            self._weights = _OPEN_CLIP_WEIGHTS
+        is_ctc = any(str(name).endswith("ForCTC") for name in config.get("architectures") or ())
         self.configs = HubConfigs(
-            self._json(CONFIG),
+            config,
             preprocessor,
             processor,
             self._json("generation_config.json"),
             self._json("tokenizer_config.json"),
+            self._json("vocab.json") if is_ctc else {},
             self.path,
         )
 
@@ -96,6 +121,11 @@ class HubFolder:
             raise CheckpointError(f"{path}: found {type(data).__name__}, expected a JSON object")
         return data
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is a file of weights."""
+        return any(path for name in self._weights for path in self.path.glob(f"{name}*"))
+
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """The weights by stored name, each read from the mapped file when it is looked up.
@@ -103,14 +133,14 @@ class HubFolder:
         Raises:
             CheckpointError: if there are none, or a file is damaged.
         """
-        for name in _WEIGHTS:
+        for name in self._weights:
             index = self.path / f"{name}.index.json"
             if (self.path / name).is_file():
                 return _open([self.path / name])
             if index.is_file():
                 return self._sharded(index)
         raise CheckpointError(
-            f"{self.path}: holds no weights; expected {' or '.join(_WEIGHTS)}, or shards with an .index.json"
+            f"{self.path}: holds no weights; expected {' or '.join(self._weights)}, or shards with an .index.json"
         )
 
     def _sharded(self, index: Path) -> Mapping[str, Tensor]:

@@ -185,11 +185,14 @@ class NameTable:
         rules: in order of precedence.
         ignored: patterns of stored tensors that carry no weights of the model (position ids, rotary tables).
         optional: patterns of our parameters that a checkpoint may lack; they keep their initial values.
+        unused: patterns of stored tensors that are weights of the published model and not needed by ours (the blocks
+            after the one whose features are read). They are not read; an export takes them from the source.
     """
 
     rules: Sequence[Rule]
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     _cache: dict[str, tuple[Rule, str] | None] = field(default_factory=dict, compare=False, repr=False)
 
     def find(self, name: str) -> tuple[Rule, str] | None:
@@ -206,6 +209,7 @@ class NameTable:
             [Rule(prefix + rule.ours, rule.hub, rule.change) for rule in self.rules],
             self.ignored,
             tuple(prefix + name for name in self.optional),
+            self.unused,
         )
 
     def below(self, prefix: str) -> NameTable:
@@ -214,6 +218,7 @@ class NameTable:
             [Rule(rule.ours, prefix + rule.hub, rule.change) for rule in self.rules],
             tuple(prefix + name for name in self.ignored),
             self.optional,
+            tuple(prefix + name for name in self.unused),
         )
 
     def __add__(self, other: NameTable) -> NameTable:
@@ -222,6 +227,7 @@ class NameTable:
             [*self.rules, *other.rules],
             (*self.ignored, *other.ignored),
             (*self.optional, *other.optional),
+            (*self.unused, *other.unused),
         )
 
     def load(self, names: Iterable[str], stored: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -258,9 +264,14 @@ class NameTable:
         return found
 
     def unknown(self, names: Iterable[str], stored: Collection[str]) -> list[str]:
-        """Stored tensors that no wanted name of ours takes and that are not ignored."""
+        """Stored tensors that no wanted name of ours takes and that are neither ignored nor known to be unused."""
         taken = {place[1] for name in names if (place := self.find(name)) is not None}
-        return sorted(name for name in stored if name not in taken and not _fits(self.ignored, name))
+        known = (*self.ignored, *self.unused)
+        return sorted(name for name in stored if name not in taken and not _fits(known, name))
+
+    def is_unused(self, stored: str) -> bool:
+        """Whether a stored tensor is one of :attr:`unused`."""
+        return _fits(self.unused, stored)
 
     def save(self, ours: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         """The checkpoint's tensors from ours: the inverse of :meth:`load`.

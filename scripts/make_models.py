@@ -1,0 +1,95 @@
+"""Writes ``docs/reference/models.md``: every published architecture, its sizes and its parity with the reference.
+
+Usage: ``python scripts/make_models.py [--measure]``. With ``--measure`` the parity tests run first, and what they
+compared is written to ``docs/reference/parity.json``; without it the stored figures are used. Parameters are counted
+on models without memory. A test compares the page in the repository with what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from polymodal.models.compose import MultimodalModel
+from polymodal.models.presets import ARCHITECTURES, Architecture, Size
+from polymodal.models.weights import HubConfigs
+from polymodal.models.weights.assign import no_weights, num_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "docs" / "reference" / "models.md"
+PARITY = ROOT / "docs" / "reference" / "parity.json"
+TESTS = "tests/models/presets"
+
+_HEAD = """# Published architectures
+
+Written by `python scripts/make_models.py --measure`; do not edit it by hand.
+
+`pm.load(FOLDER)` reads a checkpoint folder of any of these, `polymodal presets show NAME` prints a published size as a
+recipe, and `from: FOLDER` takes a part of it into another recipe.
+
+- *parity*: the largest difference of outputs relative to the reference's largest value, over all comparisons of the
+  architecture's tests (random small weights, float32; the bound is 1e-4, for preprocessing 1e-3). "equations" stands
+  where no reference is on the package registry: those tests hold the paper's shapes and equations.
+- *parameters*: of the published checkpoint, shared ones once; *built*: counted on the model that the preset builds. They
+  differ where a tower's features are read before its last block: what comes after is not built, and an export copies it.
+"""
+
+
+def measure() -> dict[str, Any]:
+    """Run the parity tests; per test module, how many comparisons there were and the worst of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "parity.jsonl"
+        environment = {**os.environ, "POLYMODAL_PARITY_FILE": str(file)}
+        subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS], cwd=ROOT, env=environment, check=True)
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        found[Path(row["test"].split("::")[0]).stem.removeprefix("test_")].append(row["relative"])
+    return {
+        name: {"comparisons": len(values), "worst": float(f"{max(values):.1e}")}
+        for name, values in sorted(found.items())
+    }
+
+
+def count(architecture: Architecture, size: Size) -> int:
+    """Parameters of the model that a size's preset builds."""
+    model = architecture.model(HubConfigs(size.config, size.preprocessor))
+    rows = model.tokenizer.rows or 0
+    with no_weights():
+        return num_parameters(MultimodalModel(model, rows))
+
+
+def page(parity: dict[str, Any]) -> str:
+    """The whole page."""
+    lines = [_HEAD, "| architecture | reads `model_type` | source | parity |", "| --- | --- | --- | --- |"]
+    for architecture in ARCHITECTURES.values():
+        module = architecture.to_model.__module__.rsplit(".", 1)[-1]
+        found = parity.get(module)
+        figure = "equations" if found is None else f"{found['worst']:.1e} ({found['comparisons']} comparisons)"
+        kinds = ", ".join(f"`{kind}`" for kind in architecture.model_types)
+        lines.append(f"| `{architecture.name}` | {kinds} | {architecture.source} | {figure} |")
+    lines += ["", "| published size | architecture | parameters | built |", "| --- | --- | --- | --- |"]
+    for architecture in ARCHITECTURES.values():
+        for name, size in architecture.sizes.items():
+            built = count(architecture, size)
+            if built + size.unused != size.parameters:
+                raise SystemExit(f"{name}: {built:,} parameters built, {size.unused:,} unused, {size.parameters:,} published")
+            lines.append(f"| `{name}` | `{architecture.name}` | {size.parameters:,} | {built:,} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    if "--measure" in sys.argv[1:]:
+        PARITY.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    OUT.write_text(page(json.loads(PARITY.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""presets and export."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from polymodal.apps.output import console, emit_json, emit_table
+from polymodal.models.presets import ARCHITECTURES
+from polymodal.recipes.loading import load_recipe, preset_names, preset_text
+from polymodal.recipes.model import load
+from polymodal.recipes.run_adapters import export_run_adapters
+
+
+def presets(*, as_json: bool) -> None:
+    """List the recipes that ship with the package, and the published sizes."""
+    recipes = [load_recipe(name) for name in preset_names()]
+    data = [
+        {
+            "name": recipe.name,
+            "streams": list(recipe.model.streams),
+            "backbone": recipe.model.backbone.use,
+            "stages": {stage.name: stage.steps for stage in recipe.stages},
+        }
+        for recipe in recipes
+    ]
+    published = [
+        {"name": name, "architecture": architecture.name, "source": architecture.source, "parameters": size.parameters}
+        for architecture in ARCHITECTURES.values()
+        for name, size in architecture.sizes.items()
+    ]
+    if as_json:
+        emit_json({"presets": data, "published": published})
+        return
+    rows = [
+        (
+            recipe.name,
+            ", ".join(recipe.model.streams),
+            recipe.model.backbone.use,
+            ", ".join(f"{stage.name} {stage.steps:,}" for stage in recipe.stages),
+        )
+        for recipe in recipes
+    ]
+    emit_table("presets", ("name", "streams", "backbone", "stages and steps"), rows)
+    sizes = [
+        (name, architecture.name, f"{size.parameters / 1e6:,.1f} M", architecture.source)
+        for architecture in ARCHITECTURES.values()
+        for name, size in architecture.sizes.items()
+    ]
+    emit_table("published models", ("name", "architecture", "parameters", "source"), sizes)
+
+
+def show_preset(name: str) -> None:
+    """Print a preset as it was written, comments included, or a published size, ready to edit."""
+    sys.stdout.write(preset_text(name))
+
+
+def export(model: Path, out: Path, architecture: str | None, *, as_json: bool) -> None:
+    """Write a run's model in the layout of its published architecture."""
+    name = load(model, device="cpu").export(out, architecture)
+    if as_json:
+        emit_json({"out": str(out), "architecture": name})
+        return
+    console().print(f"{out}: written as {name}; transformers' from_pretrained reads it", soft_wrap=True)
+
+
+def export_adapters(run: Path, out: Path, *, as_json: bool) -> None:
+    """Write what a run's adapters learned in the hub's layout."""
+    written = export_run_adapters(run, out)
+    if as_json:
+        emit_json({"out": [str(path) for path in written]})
+        return
+    for path in written:
+        console().print(f"{path}: written; peft reads it, and so does load_adapter", soft_wrap=True)

@@ -1,0 +1,54 @@
+"""Chat formats as Jinja templates, so that other libraries and servers lay conversations out as we do."""
+
+from __future__ import annotations
+
+import json
+
+from polymodal.modalities.text.chat import Chat, ChatFormat, Turn
+from polymodal.modalities.text.chat_template import ChatTemplate
+from polymodal.modalities.text.tokenizer import END, START, Tokenizer
+
+
+def template_of(chat: Chat, tokenizer: Tokenizer) -> str | None:
+    """The Jinja template that renders what ``chat`` renders, for conversations of text.
+
+    Args:
+        chat: a format, or a template, which is returned as it is.
+        tokenizer: whose own start and end token the template spells out.
+
+    Returns:
+        The template; None for formats of neither kind.
+    """
+    if isinstance(chat, ChatTemplate):
+        return chat.template
+    if not isinstance(chat, ChatFormat):
+        return None
+    names = {id: name for name, id in tokenizer.controls.items()}
+    spelled = {
+        START: "".join(names.get(id, "") for id in tokenizer.prefix),
+        END: "" if tokenizer.eos_id is None else names.get(tokenizer.eos_id, ""),
+    }
+
+    def literal(items: tuple[str, ...]) -> str:
+        return "{{ " + json.dumps("".join(spelled.get(item, item) for item in items)) + " }}" if items else ""
+
+    def turn(shape: Turn, content: str = "{{ message['content'] }}") -> str:
+        return literal((*shape.before, shape.gap)) + content + literal(shape.after)
+
+    user = turn(chat.user)
+    if chat.user_after_system is not None:
+        follows = "not loop.first and messages[loop.index0 - 1]['role'] == 'system'"
+        user = f"{{% if {follows} %}}{turn(chat.user_after_system)}{{% else %}}{user}{{% endif %}}"
+    default = ""
+    if chat.default_system:
+        system = turn(chat.system, "{{ " + json.dumps(chat.default_system) + " }}")
+        default = f"{{% if not messages or messages[0]['role'] != 'system' %}}{system}{{% endif %}}"
+    return (
+        literal(chat.start)
+        + default
+        + "{% for message in messages %}"
+        + f"{{% if message['role'] == 'system' %}}{turn(chat.system)}"
+        + f"{{% elif message['role'] == 'user' %}}{user}"
+        + f"{{% else %}}{turn(chat.assistant)}{{% endif %}}{{% endfor %}}"
+        + f"{{% if add_generation_prompt %}}{literal(chat.assistant.before)}{{% endif %}}"
+    )

@@ -1,0 +1,45 @@
+"""Training a tokenizer of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from polymodal.core.errors import ConfigError
+from polymodal.modalities.text.tokenizer import END, MEDIA, OWN_END, PAD, START, Tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = ()) -> Tokenizer:
+    """Train a byte-level BPE: every text can be encoded, and decoding gives it back exactly.
+
+    Source: Sennrich 1508.07909; byte-level as in GPT-2. Digits are single tokens.
+
+    Args:
+        texts: the corpus.
+        vocab_size: ids in all, the 256 bytes and the control tokens included.
+        controls: control tokens besides the standard ones.
+
+    Raises:
+        ConfigError: if ``vocab_size`` leaves no room for the bytes and the control tokens.
+    """
+    names = list(dict.fromkeys([PAD, MEDIA, *(OWN_END if name == END else name for name in controls if name != START)]))
+    if vocab_size < 256 + len(names):
+        raise ConfigError(
+            f"tokenizer.vocab_size: found {vocab_size}, expected at least {256 + len(names)} "
+            f"(256 bytes and {len(names)} control tokens)"
+        )
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=names,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, names)

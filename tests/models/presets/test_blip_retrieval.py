@@ -1,0 +1,112 @@
+"""BLIP for retrieval against the reference library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import polymodal as pm
+from polymodal.core.errors import CheckpointError, ConfigError
+from polymodal.models.compose import MultimodalModel
+from polymodal.models.presets import find_architecture, find_size
+from polymodal.models.presets.blip_retrieval import BLIP_RETRIEVAL
+from polymodal.models.weights import HubConfigs
+from polymodal.models.weights.assign import no_weights, num_parameters
+
+from .bert_tokenizer import bert_tokenizer
+from .reference import assert_close, assert_same_weights, randomise, save_reference
+
+transformers = pytest.importorskip("transformers")
+
+TEXTS = ["a red dog", "what is it on the grass?", "cats"]
+_RNG = np.random.default_rng(0)
+PICTURES = [PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))]
+SAMPLES = [
+    pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
+    for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder with a random reference whose widths differ, the reference, and its inputs for the samples."""
+    folder = tmp_path_factory.mktemp("blip")
+    tokenizer = bert_tokenizer(16)
+    sizes = {"num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BlipConfig(
+        text_config={
+            **sizes, "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": len(tokenizer),
+            "max_position_embeddings": 16, "bos_token_id": 2, "sep_token_id": 3,
+        },
+        vision_config={**sizes, "hidden_size": 24, "num_hidden_layers": 3, "image_size": 24, "patch_size": 8},
+        image_text_hidden_size=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = randomise(transformers.BlipForImageTextRetrieval(config))
+    images = transformers.BlipImageProcessor(size={"height": 24, "width": 24})
+    processor = transformers.BlipProcessor(images, tokenizer)
+    save_reference(model, folder, processor)
+    inputs = processor(PICTURES, TEXTS, padding=True, return_tensors="pt")
+    return folder, model, inputs
+
+
+def test_matches_equal_the_reference(made: tuple[Path, Any, Any]) -> None:
+    folder, reference, inputs = made
+    model = pm.load(folder)
+    with torch.inference_mode():
+        scores = reference(**inputs).itm_score
+    assert_close(model.engine.match_logits(SAMPLES), scores[:, 1] - scores[:, 0])
+    assert_close(model.match(SAMPLES), scores.softmax(1)[:, 1])
+
+
+def test_vectors_equal_the_reference(made: tuple[Path, Any, Any]) -> None:
+    folder, reference, inputs = made
+    model = pm.load(folder)
+    with torch.inference_mode():
+        similarity = reference(**inputs, use_itm_head=False).itm_score
+    ours = model.embed([pm.Image(p) for p in PICTURES]) @ model.embed(TEXTS).T
+    assert_close(ours, similarity)
+    assert_close(model.embed([SAMPLES[1].views["text"]]), model.embed(TEXTS)[1:2])
+
+
+def test_the_export_reads_back_bit_for_bit(made: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    folder, reference, _ = made
+    model = pm.load(folder)
+    assert model.export(tmp_path / "ours") == "blip-retrieval"
+    assert_same_weights(transformers.BlipForImageTextRetrieval.from_pretrained(tmp_path / "ours"), reference)
+    again = pm.load(tmp_path / "ours")
+    np.testing.assert_array_equal(again.match(SAMPLES), model.match(SAMPLES))
+
+
+def test_a_missing_tensor_is_named(made: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for path in made[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["vision_model.encoder.layers.1.self_attn.qkv.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"3 tensor\(s\) missing: vision_model.encoder.layers.1.self_attn.qkv.bias"):
+        pm.load(tmp_path)
+
+
+def test_what_is_not_built_is_refused() -> None:
+    with pytest.raises(ConfigError, match="found is_decoder: False, expected True"):
+        BLIP_RETRIEVAL.model(HubConfigs({"model_type": "blip", "text_config": {"is_decoder": False}}))
+    configs = HubConfigs({"model_type": "blip", "architectures": ["BlipForImageTextRetrieval"]})
+    assert find_architecture(configs) is BLIP_RETRIEVAL
+
+
+@pytest.mark.parametrize("name", list(BLIP_RETRIEVAL.sizes))
+def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
+    architecture, size = find_size(name)
+    with no_weights():
+        ours = num_parameters(MultimodalModel(architecture.model(HubConfigs(size.config)), 30524))
+    with torch.device("meta"):
+        reference = transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**size.config))
+    assert ours == num_parameters(reference) == size.parameters

@@ -10,7 +10,7 @@ quickstart:  ## Train, measure and report a small model on the generated corpus 
 	@python=$$(scripts/setup all sklearn,laspy,trimesh) && "$$(dirname "$$python")/polymodal" quickstart --out "$(OUT)"
 
 test:  ## Run every test.
-	@python=$$(scripts/setup dev pytest,xdist,transformers) && PM_PYTHON="$$python" scripts/test
+	@python=$$(scripts/setup dev pytest,xdist,transformers,peft) && scripts/references "$$python" && PM_PYTHON="$$python" scripts/test
 
 check:  ## Format, lint, types, import contract, sizes.
 	@python=$$(scripts/setup dev ruff,mypy,importlinter) && PM_PYTHON="$$python" scripts/check

@@ -36,8 +36,9 @@ recipe, and `from: FOLDER` takes a part of it into another recipe.
 - *parity*: the largest difference of outputs relative to the reference's largest value, over all comparisons of the
   architecture's tests (random small weights, float32; the bound is 1e-4, for preprocessing 1e-3). "equations" stands
   where no reference is on the package registry: those tests hold the paper's shapes and equations.
-- *parameters*: of the published checkpoint, shared ones once; *built*: counted on the model that the preset builds. They
-  differ where a tower's features are read before its last block: what comes after is not built, and an export copies it.
+- *parameters*: of the published checkpoint, shared ones once; *built*: counted on the model that the preset builds.
+  They differ where a tower's features are read before its last block: what comes after is not built, and an export
+  copies it.
 """
 
 
@@ -79,7 +80,9 @@ def page(parity: dict[str, Any]) -> str:
         for name, size in architecture.sizes.items():
             built = count(architecture, size)
             if built + size.unused != size.parameters:
-                raise SystemExit(f"{name}: {built:,} parameters built, {size.unused:,} unused, {size.parameters:,} published")
+                raise SystemExit(
+                    f"{name}: {built:,} parameters built, {size.unused:,} unused, {size.parameters:,} published"
+                )
             lines.append(f"| `{name}` | `{architecture.name}` | {size.parameters:,} | {built:,} |")
     return "\n".join(lines) + "\n"
 

@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
     {"use": "projection", "hidden": "relu"},
 ]
 CAPTION = TokenPass("caption")
-ELSEWHERE = {"masked_patches", "prompted_pairs", "query_token"}
+ELSEWHERE = {"masked_patches", "prompted_pairs", "query_token", "pooler"}
 """Heads of one kind of encoder or backbone alone; their promises stand in files of their own."""
 PASSES: dict[str, Pass] = {
     "next_token": "sequence",

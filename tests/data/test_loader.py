@@ -102,7 +102,9 @@ def test_thread_count_and_timing_change_nothing(spec):
     assert first(loader(spec, threads=4, jitter_s=0.002), 15) == expected
 
 
-@pytest.mark.parametrize("spec", [PACKED, PADDED, BatchSpec(tokens=100, samples=3, buffer=8), BatchSpec(samples=4, one_source=True)])
+@pytest.mark.parametrize(
+    "spec", [PACKED, PADDED, BatchSpec(tokens=100, samples=3, buffer=8), BatchSpec(samples=4, one_source=True)]
+)
 def test_killed_at_every_batch_it_continues_the_same(spec, tmp_path):
     """With mixing, packing, epochs, bad samples of both kinds, and another number of threads."""
     total = 30

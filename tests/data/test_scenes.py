@@ -372,7 +372,13 @@ def test_folder_holds_media_and_lines_that_load(folder):
     for split, number in (("train", 12), ("val", 5), ("novel", 5)):
         for medium in MEDIA:
             assert len(list((out / split / "media" / medium).iterdir())) == number
-        for name, expected in (("views", 5 * number), ("objects", 2 * number), ("names", 2 * number), ("hub", number), ("captions", 5 * number)):
+        for name, expected in (
+            ("views", 5 * number),
+            ("objects", 2 * number),
+            ("names", 2 * number),
+            ("hub", number),
+            ("captions", 5 * number),
+        ):
             assert len(lines(out / split / f"{name}.jsonl")) == expected
         ids = []
         for file in (out / split).glob("*.jsonl"):

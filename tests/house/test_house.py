@@ -55,7 +55,7 @@ def skeleton(tmp_path_factory) -> Path:
         ("training", "import polymodal.evaluation", "Packages import downwards only BROKEN"),
         ("objectives", "import polymodal.data", "Packages import downwards only BROKEN"),
         ("models/layers", "import polymodal.models.heads", "Inside models, imports point downwards only BROKEN"),
-        ("models/heads", "import polymodal.models.encoders", "Inside models, imports point downwards only BROKEN"),
+        ("models/encoders", "import polymodal.models.heads", "Inside models, imports point downwards only BROKEN"),
         ("modalities", "import torch", "Core, modalities and safety do not know torch BROKEN"),
         ("apps", "import torch", "Apps never import torch themselves BROKEN"),
     ],

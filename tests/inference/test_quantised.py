@@ -15,7 +15,7 @@ from polymodal.inference.engine import Engine
 from polymodal.inference.quantised import Int4Linear, num_bytes, quantise
 from polymodal.inference.sampling import Sampling
 from polymodal.models.adapters import ADAPTERS, adapter_parameters, apply_adapter, merge_adapters
-from polymodal.inference.engine import Engine
+from polymodal.models.compose import to_device
 
 WIDE = {"width": 128, "depth": 2, "heads": 4, "norm": "rms", "activation": "silu", "gated": True, "mlp_dim": 256}
 NEEDED = {"int8": 0.27, "int4": 0.18, "bf16": 0.51}
@@ -105,12 +105,12 @@ def test_adapters_stand_on_quantised_layers_and_refuse_to_merge(weights):
     for name, parameter in adapter_parameters(toy.network).items():
         parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     assert not torch.allclose(logits(toy), plain)
-    with pytest.raises(ConfigError, match="its weight is stored as .*; merge before quantising"):
+    with pytest.raises(ConfigError, match=r"its weight is stored as .*; merge before quantising"):
         merge_adapters(toy.network)
 
 
 def test_messages(monkeypatch):
-    with pytest.raises(ConfigError, match="weights: found 'int3', expected one of bf16, int8, int4"):
+    with pytest.raises(ConfigError, match=r"weights: found 'int3', expected one of bf16, int8, int4"):
         quantise(built().network, "int3")
     real = builtins.__import__
 

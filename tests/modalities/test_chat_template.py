@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from polymodal.core.errors import ConfigError, MissingExtraError, SampleError
-from polymodal.core.parts import Image, Part, Text
+from polymodal.core.parts import Audio, Image, Part, Text
 from polymodal.core.samples import Message
 from polymodal.modalities.text import ChatTemplate, Tokenizer, TokenNames, chat_format, tokenize
 
@@ -137,8 +137,29 @@ def test_media_stand_where_the_template_puts_their_placeholder(letters: Tokenize
     assert "".join(shown(chat, letters, turns)) == (
         "<|im_start|>user\n(image)\n(image)\nLeft: <image> right?<|im_end|><|im_start|>assistant\n[Both.][<|im_end|>]"
     )
-    with pytest.raises(SampleError, match=r"writes 0 placeholder\(s\) None for 1 image item\(s\); name what it writes"):
-        ChatTemplate(template=CHATML, end="<|im_end|>").render([Message("user", (Image(b"x"), Text("?")))], id="s")
+    wrong = chat.model_copy(update={"marks": {"image": "<picture>"}})
+    with pytest.raises(SampleError, match=r"writes 0 placeholder\(s\) '<picture>' for 2 image item\(s\); name what it"):
+        wrong.render(turns, id="s")
+
+
+def test_media_that_a_template_does_not_know_stand_where_they_are_said(letters: Tokenizer) -> None:
+    parts: tuple[Part, ...] = (Text(" Left: "), Audio(b"x"), Text(" right? "), Image(b"y"))
+    turns = [Message("user", parts), Message("assistant", (Text("Both."),)), Message("user", (Audio(b"z"), Text("?")))]
+    knows_none = ChatTemplate(template=CHATML, end="<|im_end|>")
+    assert "".join(shown(knows_none, letters, turns, prompt=True)) == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n Left: (audio) right? (image)"
+        "<|im_end|>\n<|im_start|>assistant\n[Both.][<|im_end|>]\n<|im_start|>user\n(audio)?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    trims = ChatTemplate(template=LLAMA_2, end="</s>", tokens={"bos_token": "<s>", "eos_token": "</s>"})
+    assert "".join(shown(trims, letters, turns[:1], prompt=True)) == "<s>[INST] Left: (audio) right? (image) [/INST]"
+    knows_images = ChatTemplate(template=LLAVA, end="<|im_end|>", marks={"image": "<image>"})
+    assert "".join(shown(knows_images, letters, turns[:2])) == (
+        "<|im_start|>user\n(image)\n Left: (audio) right? <|im_end|><|im_start|>assistant\n[Both.][<|im_end|>]"
+    )
+    twice = ChatTemplate(template="{% for m in messages %}{{ m.content + m.content }}{% endfor %}", end="</s>")
+    with pytest.raises(SampleError, match="writes an item of audio 2 times, expected once; choose a chat"):
+        twice.render([Message("user", (Audio(b"x"),))], id="s")
 
 
 @pytest.mark.parametrize(

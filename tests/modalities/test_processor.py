@@ -48,7 +48,7 @@ def test_placeholders_are_what_the_model_gives(toy: Toy) -> None:
             assert plan.ids[span.start : span.start + span.length] == [toy.tokenizer.media_id] * span.length
             assert part in sample.media()
         for name, entry in batch.streams.items():
-            assert len(toy.network.connect(name, toy.network.encode(name, entry))) == sum(entry.token_counts)
+            assert len(toy.network.connect(name, toy.network.encode(name, entry), entry)) == sum(entry.token_counts)
         assert plan.ids.count(toy.tokenizer.media_id) == sum(span.length for span in plan.spans)
 
 

@@ -167,6 +167,10 @@ RENDERED = {
         "{start}Be brief. USER: What? ASSISTANT: A cat.</s>USER: Sure? ASSISTANT: Yes.</s>",
         [" A cat.</s>", " Yes.</s>"],
     ),
+    "minigpt-4": (
+        "{start}Be brief.###Human: What?###Assistant: A cat.###{end}Human: Sure?###Assistant: Yes.###{end}",
+        [" A cat.###{end}", " Yes.###{end}"],
+    ),
     "none": ("{start}Be brief.What?A cat.{end}Sure?Yes.{end}", ["A cat.{end}", "Yes.{end}"]),
     "llama-2": (
         "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nWhat? [/INST] A cat. </s><s>[INST] Sure? [/INST] Yes. </s>",
@@ -244,6 +248,25 @@ def test_control_tokens_in_a_formats_own_text_are_meant_and_in_a_persons_are_not
 def test_media_cannot_be_an_answer() -> None:
     with pytest.raises(SampleError, match="sample s: image in an assistant turn; only text can be an answer"):
         chat_format("turns").render([Message("assistant", (Image(b"x"),))], id="s")
+
+
+def layout(name: str, *parts: Text | Image) -> list[str]:
+    segments = chat_format(name).render([Message("user", parts)], id="s", prompt=True)
+    return [each.text or each.control or "MEDIA" for each in segments]
+
+
+def test_media_stand_first_where_a_format_says_so(words: Tokenizer) -> None:
+    assert layout("blip-2", Text("What?"), Image(b"x")) == ["MEDIA", "{start}", "What?"]
+    assert layout("blip-2-t5", Text("What?"), Image(b"x")) == ["MEDIA", "What?", "</s>", "<pad>"]
+    assert layout("none", Text("What?"), Image(b"x")) == ["{start}", "What?", "MEDIA"]
+    messages = [Message("user", (Text("Hm"),)), Message("assistant", (Image(b"x"), Text("A cat.")))]
+    with pytest.raises(SampleError, match="sample s: image in an assistant turn"):
+        chat_format("blip-2").render(messages, id="s")
+
+
+def test_a_format_may_mark_media() -> None:
+    found = layout("minigpt-4", Image(b"x"), Text("What?"))
+    assert found[3:] == ["Human: ", "<Img>", "MEDIA", "</Img> ", "What?", "###", "Assistant:"]
 
 
 def test_an_unknown_format_names_the_nearest() -> None:

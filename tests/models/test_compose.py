@@ -122,7 +122,7 @@ def test_media_tokens_stand_at_their_placeholders_in_order(toy: Toy) -> None:
     text = toy.network.decoder.embed(batch.ids)[0]
     assert torch.equal(x_TD[~is_media], text[~is_media])
     for name, entry in batch.streams.items():
-        expected = toy.network.connect(name, toy.network.encode(name, entry))
+        expected = toy.network.connect(name, toy.network.encode(name, entry), entry)
         assert torch.equal(x_TD[entry.token_index], expected)
     assert batch.streams["image"].token_index[:4].tolist() == list(range(1, 5))
 
@@ -246,7 +246,7 @@ WRONG: list[tuple[Any, str]] = [
     (lambda d: d["streams"]["image"].update(enters="merge"), "enters by 'merge', which needs the backbone 'merge'"),
     (lambda d: d["streams"]["image"]["encoder"].update(use="vitt"), "unknown encoder 'vitt'; did you mean 'vit'"),
     (lambda d: d["heads"].update(kind={"use": "matching"}), "a 'matching' head, needs the backbone 'merge'"),
-    (lambda d: d["heads"].update(second={"use": "next_token"}), "expected each kind once"),
+    (lambda d: d["heads"].update(second={"use": "next_token"}), "expected each kind but masked_token and pooler once"),
     (lambda d: d.update(backbone="none"), "needs the backbone 'decoder'; found 'none'"),
     (lambda d: d["backbone"].update(chat="turnz"), "unknown chat format 'turnz'; did you mean 'turns'"),
     (lambda d: d.update(tokenizer={"use": "file"}), "'path' belongs to use: file"),

@@ -48,7 +48,9 @@ def run(backbone: EncoderBackbone, lengths: dict[str, int], **kwargs: Any) -> An
 
 def test_tokens_stand_in_the_stated_order() -> None:
     torch.manual_seed(0)
-    config = EncoderBackboneConfig.parse({"transformer": PLAIN, "cls": False, "token_types": False, "order": ["b", "a"]})
+    config = EncoderBackboneConfig.parse(
+        {"transformer": PLAIN, "cls": False, "token_types": False, "order": ["b", "a"]}
+    )
     backbone = config.build(["a", "b"]).eval()
     states = run(backbone, {"a": 2, "b": 3})
     joined = backbone.transformer(torch.cat([tokens(3, 1), tokens(2, 0)], dim=1), Layout(causal=False))
@@ -85,7 +87,9 @@ def test_configs_that_contradict_themselves_are_refused(options: dict[str, Any],
 
 def test_each_token_goes_through_its_own_expert() -> None:
     torch.manual_seed(0)
-    layer = Multiway(TransformerConfig.parse({**PLAIN, "depth": 1}), MultiwayConfig.parse({"experts": {"a": "x", "b": "y"}}))
+    layer = Multiway(
+        TransformerConfig.parse({**PLAIN, "depth": 1}), MultiwayConfig.parse({"experts": {"a": "x", "b": "y"}})
+    )
     layer.eval()
     x_BTD, route_BT = tokens(5, 0), torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 0]])
     before = layer(x_BTD, Layout(causal=False), route_BT)
@@ -155,7 +159,9 @@ def test_a_stream_by_cross_attention_is_looked_at_and_needs_no_place() -> None:
     toy = build(encoder_data(watched=("image",)))
     samples = [thing(0, "image", "text"), thing(1, "text")]
     states = toy.network(toy.batch(samples), ("merge",)).merged
-    other = toy.network(toy.batch([Sample("x", views={"image": medium("image", 9), "text": Text(TEXTS[0])})]), ("merge",))
+    other = toy.network(
+        toy.batch([Sample("x", views={"image": medium("image", 9), "text": Text(TEXTS[0])})]), ("merge",)
+    )
     assert not torch.allclose(states[0], other.merged[0])
     blind = toy.network(toy.batch([thing(0, "text")]), ("merge",)).merged
     assert not torch.allclose(states[0], blind[0])
@@ -258,7 +264,9 @@ def test_captions_do_not_see_what_they_predict() -> None:
 
 def test_captions_need_an_encoder_that_does_not_look_ahead() -> None:
     toy = build(encoder_data(heads={"words": {"use": "masked_token"}}))
-    with pytest.raises(ConfigError, match="its encoder sees tokens before they are predicted; expected .* 'embedding'"):
+    with pytest.raises(
+        ConfigError, match=r"its encoder sees tokens before they are predicted; expected .* 'embedding'"
+    ):
         toy.network(toy.batch(SAMPLES), (TokenPass("caption", "words"),))
 
 

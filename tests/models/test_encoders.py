@@ -299,9 +299,8 @@ def test_registers_are_read_and_dropped() -> None:
         ({"use": "vit", "drop_rest": True}, "'drop_rest' belongs to stem: patch and an image_size that is no multiple"),
         ({"use": "vit", "positions": "sincos", "position_grid": 4}, "belong to positions: learned"),
         ({"use": "vit", "position_antialias": True}, "'position_antialias' belongs to a 'position_grid'"),
-        ({"use": "vit", "pool": "attention", "norm_features": False}, "leave norm_features true"),
         ({"use": "vit", "width": 24, "heads": 4, "rope_grid": 4}, "multiple of 4, found 6"),
-        ({"use": "vit", "rope_grid": 4, "reduce": {"use": "merge"}}, "merged patches do not have"),
+        ({"use": "vit", "rope_grid": 4, "reduce": {"use": "merge", "per_layer": 1}}, "merged patches do not have"),
         ({"use": "text_transformer", "pool": "eos"}, "'eos_id' belongs to pool: eos"),
     ],
 )

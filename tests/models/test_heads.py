@@ -75,3 +75,34 @@ def test_heads_on_states_need_a_backbone(use: str) -> None:
 def test_next_token_needs_a_decoder() -> None:
     with pytest.raises(ConfigError, match="head next_token: needs a decoder backbone"):
         HEADS.parse("next_token").build(inputs(embedding=False))
+
+
+def test_a_projection_without_a_map_temperature_bound_or_bias() -> None:
+    config = ProjectionConfig(dim=5, identity=("image",), temperature=None, max_scale=None, bias=None)
+    head = config.build(inputs())
+    assert set(head.state_dict()) == {"projs.text.weight"}
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(head(x, "image"), x / x.norm(dim=1, keepdim=True))
+    assert (float(head.scale), float(head.bias)) == (1.0, 0.0)
+    open_ended = ProjectionConfig(max_scale=None).build(inputs())
+    open_ended.log_scale.data.fill_(9.0)
+    assert float(open_ended.scale.detach()) > 8000
+    with pytest.raises(ConfigError, match="pooled vectors have width 7, the space 5"):
+        ProjectionConfig(dim=5, identity=("text",)).build(inputs())
+    with pytest.raises(ConfigError, match=r"identity: \['text'\] are not among the streams \['image'\]"):
+        ProjectionConfig.parse({"streams": ["image"], "identity": ["text"]})
+
+
+def test_a_class_head_on_a_stream_reads_what_it_is_told() -> None:
+    features = torch.arange(20.0).view(1, 4, 5)
+    is_valid, pooled = torch.tensor([[True, True, False, False]]), torch.full((1, 5), -1.0)
+    mean = features[:, :2].mean(dim=1)
+    expected = {"pooled": pooled, "mean": mean, "pooled_mean": torch.cat((pooled, mean), dim=1)}
+    for take, state in expected.items():
+        config = HEADS.parse({"use": "class", "classes": ["a", "b"], "stream": "image", "take": take})
+        torch.testing.assert_close(config.read(features, is_valid, pooled), state)
+        assert config.build(inputs(state_width=None)).in_features == state.shape[1]
+    with pytest.raises(ConfigError, match="name the 'stream', or leave 'take' out"):
+        HEADS.parse({"use": "class", "classes": ["a", "b"], "take": "mean"})
+    with pytest.raises(ConfigError, match="head class: unknown stream 'imago'; did you mean 'image'"):
+        HEADS.parse({"use": "class", "classes": ["a", "b"], "stream": "imago"}).build(inputs(state_width=None))

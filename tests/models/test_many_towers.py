@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toys import SMALL, build, medium
 from torch import nn
+from toys import SMALL, build, medium
 
 from polymodal.core.errors import ConfigError, SampleError
 from polymodal.core.parts import Image

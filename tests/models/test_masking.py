@@ -47,7 +47,9 @@ def test_the_same_state_of_the_generator_hides_the_same() -> None:
 
 def test_a_tokenizer_without_a_token_for_it_is_refused() -> None:
     assert TokenChoice.of({"[MASK]": 7, "[CLS]": 3}, 10) == TokenChoice(7, (3, 7), 10)
-    with pytest.raises(ConfigError, match=r"no token for hidden ones; expected one of .* among its control tokens \['x'\]"):
+    with pytest.raises(
+        ConfigError, match=r"no token for hidden ones; expected one of .* among its control tokens \['x'\]"
+    ):
         TokenChoice.of({"x": 1}, 10)
 
 

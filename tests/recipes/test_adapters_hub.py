@@ -196,7 +196,7 @@ def test_messages(folders: dict[str, Path], tmp_path: Path) -> None:
         model.load_adapter(altered(good, tmp_path / "saved", {"modules_to_save": ["classifier"]}))
     with pytest.raises(ConfigError, match="found bias: 'all', which has no native form"):
         model.load_adapter(altered(good, tmp_path / "bias", {"bias": "all"}))
-    with pytest.raises(CheckpointError, match="holds no readable adapter_config.json"):
+    with pytest.raises(CheckpointError, match=r"holds no readable adapter_config.json"):
         model.load_adapter(folders["llama"])
     model.load_adapter(good)
     with pytest.raises(ConfigError, match="the model has an adapter 'default' already; choose another name"):

@@ -38,8 +38,8 @@ def extended(base: Path, data: Path, **changes: Any) -> dict[str, Any]:
         "feel", train=["streams.sensor"], data=["questions.jsonl"], steps=4, optimizer={"use": "adamw", "lr": 0.01}
     )
     streams = {"sensor": toys.stream("sensor")}
-    whole = {"name": "more", "extend": str(base), "data_root": str(data), "model": {"streams": streams}, "stages": [stage]}
-    return {**whole, **changes}
+    whole = {"name": "more", "extend": str(base), "data_root": str(data), "model": {"streams": streams}}
+    return {**whole, "stages": [stage], **changes}
 
 
 def test_old_modalities_answer_bit_for_bit_as_before(base: Path, data: Path, tmp_path: Path) -> None:
@@ -80,10 +80,10 @@ def test_the_new_run_does_not_need_the_old_one(base: Path, data: Path, tmp_path:
 def test_messages(base: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"extend: .*nothing is no finished run: recipe.yaml, .* missing"):
         load_recipe(extended(tmp_path / "nothing", data))
-    wider = extended(base, data, model={"backbone": {"max_tokens": 99}})
-    wider["model"] = {"heads": {"space": {"dim": 5}}}
+    stage = small_recipes.stage(steps=1, data=["captions.jsonl"])
+    wider = extended(base, data, model={"heads": {"space": {"dim": 5}}}, stages=[stage])
     with pytest.raises(CheckpointError, match=r"tensors do not fit the extended model, such as heads.space.* only add"):
-        train(load_recipe(wider | {"stages": [small_recipes.stage(steps=1, data=["captions.jsonl"])]}), tmp_path / "w", quiet=True)
+        train(load_recipe(wider), tmp_path / "wider", quiet=True)
     prompt = {"part": "backbone", "adapter": {"use": "prompt", "tokens": 2}}
     recipe = small_recipes.decoder_recipe(data, small_recipes.stage(train=[prompt], steps=1))
     train(load_recipe(recipe), tmp_path / "kept", quiet=True)

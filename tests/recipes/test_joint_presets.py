@@ -1,4 +1,4 @@
-"""The recipes of joint encoders: each passes its proofs, takes twenty steps that lower its losses, and is used after."""
+"""The recipes of joint encoders: each passes its proofs, takes twenty steps that lower its losses, and is used."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_a_teacher_that_reads_otherwise_is_refused(data: Path, teacher: Path, tm
     del other["model"]["streams"]["sensor"]
     with pytest.raises(ConfigError, match="has the stream 'sensor', the model has"):
         train(load_recipe(other), tmp_path / "a", quiet=True)
-    with pytest.raises(ConfigError, match="a teacher reads the media itself; leave grad_cache and cache_features out"):
+    with pytest.raises(ConfigError, match="a teacher reads the media; leave grad_cache and cache_features out"):
         load_recipe(student(data, teacher, cache_features=True))
 
 
@@ -94,7 +94,9 @@ def two_tasks(data: Path, weight: float | None, steps: int = 12) -> dict[str, An
         objectives["ewc"] = {"stage": "old", "weight": weight, "samples": 8}
     return small_recipes.decoder_recipe(  # type: ignore[no-any-return]
         data,
-        small_recipes.stage("old", train=["streams.image.connector", "backbone"], data=["captions.jsonl"], steps=steps, optimizer=FAST),
+        small_recipes.stage(
+            "old", train=["streams.image.connector", "backbone"], data=["captions.jsonl"], steps=steps, optimizer=FAST
+        ),
         small_recipes.stage(
             "new", train=["streams.sensor.connector", "backbone"], data=["questions.jsonl"], steps=steps,
             optimizer=FAST, objectives=objectives, save_every=4,

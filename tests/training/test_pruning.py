@@ -59,9 +59,9 @@ def test_masks_go_on_from_a_checkpoint():
 
 def test_messages():
     model = network()
-    with pytest.raises(ConfigError, match="found begin 0.6 and end 0.5, expected begin before end"):
+    with pytest.raises(ConfigError, match=r"found begin 0.6 and end 0.5, expected begin before end"):
         PruneConfig.parse({"sparsity": 0.5, "begin": 0.6})
-    with pytest.raises(ConfigError, match="prune.match: no trained matrix matches '7'; nearest: "):
+    with pytest.raises(ConfigError, match=r"prune.match: no trained matrix matches '7'; nearest: "):
         Pruner(PruneConfig(sparsity=0.5, match=("7",)), model, 10)
     pruner = Pruner(PruneConfig(sparsity=0.5, match=("1",)), model, 10)
     with pytest.raises(CheckFailed, match=r"stage 's': 0.0000 are zero, expected a sparsity of 0.5"):

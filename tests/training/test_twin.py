@@ -1,4 +1,4 @@
-"""The momentum twin: how it follows, what queues hold, what it shares, and that a resumed run is the same to the bit."""
+"""The momentum twin: how it follows, what queues hold, what it shares, and that a resumed run is the same."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_it_follows_by_its_decay_and_queues_what_it_said(root: Path, tmp_path: P
     run.run()
     end = parts.network.get_parameter(name).detach()
     torch.testing.assert_close(run.twin.network.get_parameter(name), 0.75 * start + 0.25 * end)
-    assert {name: tuple(queue.shape) for name, queue in run.twin.queues.items()} == dict.fromkeys(("image", "sensor", "text"), (10, 8))
+    assert {name: tuple(queue.shape) for name, queue in run.twin.queues.items()} == dict.fromkeys(
+        ("image", "sensor", "text"), (10, 8)
+    )
     torch.testing.assert_close(run.twin.queues["image"].norm(dim=1), torch.ones(10))
     assert not torch.equal(start, end)
 

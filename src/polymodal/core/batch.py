@@ -10,7 +10,7 @@ a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,26 @@ from polymodal.core.passes import TokenPass
 
 Array = Any
 """A numpy array or a torch tensor; the shape stands in the attribute's docstring."""
+
+
+class TileLengths(tuple[int, ...]):
+    """Lengths of the units of a picture that is cut into tiles, with where the tiles lie.
+
+    Args:
+        lengths: a 1 for every tile; one more than the grid has where the whole picture comes first.
+        grid: rows and columns of the tiles.
+        size_px: (width, height) of the picture before it was scaled.
+    """
+
+    grid: tuple[int, int]
+    size_px: tuple[int, int]
+
+    def __new__(
+        cls, lengths: Iterable[int], grid: tuple[int, int] = (1, 1), size_px: tuple[int, int] = (1, 1)
+    ) -> TileLengths:
+        made = super().__new__(cls, lengths)
+        made.grid, made.size_px = grid, size_px
+        return made
 
 
 @dataclass(slots=True)
@@ -126,6 +146,8 @@ class StreamBatch:
     """Per item, its tokens before pooling and how many neighbours become one; empty where nothing is pooled."""
     keys: list[str] = field(default_factory=list)
     grids: list[tuple[int, int] | None] = field(default_factory=list)
+    items: list[tuple[int, ...]] = field(default_factory=list)
+    """Per item, the lengths of its units (:class:`TileLengths` of tiled pictures)."""
     features: tuple[Array, Array, Array] | None = None
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from polymodal.core.batch import Plan, Span
+from polymodal.core.parts import Text
 from polymodal.models.layers.cache import KVCache
 
 Identity = tuple[Hashable, ...]
@@ -23,7 +24,8 @@ def identity(plan: Plan, watched: Collection[str] = ()) -> Identity:
 
     Args:
         plan: the plan.
-        watched: streams that the decoder looks at from any token: what their items are is part of the first one.
+        watched: streams that the decoder looks at from any token: what their items are is part of the first one. So are
+            the words that connectors read beside the media.
     """
     tokens: list[Hashable] = list(plan.ids)
     keys: dict[int, str] = {}
@@ -33,10 +35,16 @@ def identity(plan: Plan, watched: Collection[str] = ()) -> Identity:
             keys[id(part)] = part.content_key()
         for offset in range(span.length):
             tokens[span.start + offset] = (span.stream, keys[id(part)], offset)
-    seen = [(stream, part.content_key()) for stream in watched for part, _ in plan.items.get(stream, ())]
+    seen: list[Hashable] = [(stream, part.text) for stream, part in _words(plan)]
+    seen += [(stream, part.content_key()) for stream in watched for part, _ in plan.items.get(stream, ())]
     if seen:
         tokens[0] = (tokens[0], *seen)
     return tuple(tokens)
+
+
+def _words(plan: Plan) -> list[tuple[str, Text]]:
+    """Texts that stand beside the sequence."""
+    return [(name, part) for name, items in plan.items.items() for part, _ in items if isinstance(part, Text)]
 
 
 def suffix(plan: Plan, start: int) -> Plan:
@@ -53,6 +61,7 @@ def suffix(plan: Plan, start: int) -> Plan:
             kept = items.setdefault(span.stream, [])
             spans.append(replace(span, start=span.start - start, item=len(kept)))
             kept.append(plan.items[span.stream][span.item])
+    items.update({name: plan.items[name] for name, _ in _words(plan)})
     return replace(plan, ids=plan.ids[start:], is_supervised=plan.is_supervised[start:], spans=spans, items=items)
 
 

@@ -6,6 +6,7 @@ Its work has three steps. ``plan`` lays a sample out from headers alone, ``load`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 from polymodal.core.batch import Batch, Example, ModelInput, Plan, Span, StreamBatch
 from polymodal.core.config import unknown
 from polymodal.core.errors import NoTargetsError, PolymodalError, SampleError, TooLongError
-from polymodal.core.parts import Media
+from polymodal.core.parts import Media, Text
 from polymodal.core.samples import Sample, named
 from polymodal.modalities.budget import Choice, Want, fit_budget
 from polymodal.modalities.reader import Reader, checked_read
@@ -35,6 +36,7 @@ class StreamLayout:
             for it.
         tokens: the most tokens of all its items in a sample; None: any number.
         around: control token that stands before and behind each item's tokens, once between neighbours.
+        is_instruction: whether it reads the words of the last user turn, where there are media.
         cache_tag: names the reader, the encoder and its weights; part of every feature-cache key.
     """
 
@@ -45,6 +47,7 @@ class StreamLayout:
     view: str | None = None
     around: str | None = None
     tokens: int | None = None
+    is_instruction: bool = False
 
 
 class Processor:
@@ -150,6 +153,7 @@ class Processor:
         if self.has_source:
             segments = list(self._lay_out_source(sample, segments, plan, chosen))
         self._lay_out(segments, plan, chosen)
+        self._add_instruction(sample, plan)
         if not plan.ids or plan.is_supervised[0]:
             raise SampleError(sample.id, "has no token before its first target; expected a role or a question first")
         if not prompt:
@@ -161,20 +165,39 @@ class Processor:
         plan.modalities = tuple(sorted({part.modality for part in sample.media()}))
         return plan
 
+    def _add_instruction(self, sample: Sample, plan: Plan) -> None:
+        """What is asked last, for the stream that reads it beside the media."""
+        for name, layout in self.streams.items():
+            if layout.is_instruction and plan.items:
+                asked = next((message for message in reversed(sample.messages) if message.role == "user"), None)
+                words = Text("" if asked is None else asked.text)
+                plan.items[name] = [(words, layout.reader.measure(words))]
+                return
+
     def _within_budget(self, sample: Sample, plan: Plan) -> Iterator[Choice] | None:
-        """How each item that enters the sequence is read, in order; None where no budget is set."""
+        """How each item that enters the sequence is read, in order; None where each is as its stream's reader says."""
         total = self.tokens if sample.tokens is None else sample.tokens
         budgets = {name: layout.tokens for name, layout in self.streams.items() if layout.tokens is not None}
-        if total is None and not budgets:
+        readers = self._readers(sample, plan)
+        if total is None and not budgets and all(readers[name] is self.streams[name].reader for name in readers):
             return None
         wants = [
-            Want(name, part, self.streams[name].reader, self.streams[name].count_tokens)
+            Want(name, part, readers[name], self.streams[name].count_tokens)
             for part in sample.media()
             for name in self._streams_of(part, plan)
             if self.streams[name].enters_sequence
         ]
         chosen, plan.choices = fit_budget(wants, total, budgets, sample.id)
         return iter(chosen)
+
+    def _readers(self, sample: Sample, plan: Plan) -> dict[str, Reader]:
+        """What reads the items of each stream that enters the sequence; it may depend on how many there are."""
+        counts = Counter(name for part in sample.media() for name in self._streams_of(part, plan))
+        return {
+            name: self.streams[name].reader.among(count)
+            for name, count in counts.items()
+            if self.streams[name].enters_sequence
+        }
 
     def _lay_out(self, segments: Sequence[Segment], plan: Plan, chosen: Iterator[Choice] | None) -> None:
         for run in tokenize(segments, self.tokenizer):
@@ -228,7 +251,8 @@ class Processor:
                 plan.ids += around
                 plan.is_supervised += [False] * (count + len(around))
             # An item that is read in another way is other content, to every cache.
-            items.append((part if choice is None or choice.lost <= 1 else choice, lengths))
+            is_usual = choice is None or (choice.lost <= 1 and choice.reader is layout.reader)
+            items.append((part if is_usual else choice, lengths))
 
     def _plan_views(self, sample: Sample) -> Plan:
         plan = Plan(sample.id, [], [], [], {})
@@ -266,6 +290,7 @@ class Processor:
             inputs: list[ModelInput | None] = []
             keys: list[str] = []
             counts: list[int] = []
+            units: list[tuple[int, ...]] = []
             lengths: list[int] = []
             owners: list[int] = []
             index: list[Any] = []
@@ -276,6 +301,7 @@ class Processor:
                 inputs += example.inputs.get(name, [])
                 keys += example.keys.get(name, [])
                 counts += [len(unit_lengths) for _, unit_lengths in items]
+                units += [unit_lengths for _, unit_lengths in items]
                 lengths += [length for _, unit_lengths in items for length in unit_lengths]
                 owners += [row] * len(items)
                 for span in (span for span in example.plan.spans if span.stream == name):
@@ -295,6 +321,7 @@ class Processor:
                 pools=pools if any(pool > 1 for _, pool in pools) else [],
                 keys=keys,
                 grids=[item.grid if item is not None else None for item in inputs],
+                items=units,
             )
         return streams
 

@@ -49,6 +49,10 @@ class Reader(ABC):
             MediaError: if the content is damaged or above the limits.
         """
 
+    def among(self, count: int) -> Reader:
+        """What reads an item of a conversation that has ``count`` items for this reader; itself, as a rule."""
+        return self
+
     @property
     @abstractmethod
     def unit_shape(self) -> tuple[int, ...]:

@@ -13,11 +13,11 @@ from polymodal.objectives.report import LossReport, ObjectiveConfig
 
 
 class Consolidation(ObjectiveConfig):
-    """Half the squared distance of every trained weight from its value at the start of the stage, weighed by how much
-    the old task depends on it: the diagonal of the Fisher information, estimated when the stage starts.
+    """Pulls every trained weight back to its value at the start of the stage, as firmly as an old task needs it.
 
-    The estimate takes the old stage's own targets and objectives, sample by sample; it is saved in the stage's folder, so
-    that a resumed run goes on with the same.
+    The loss is half the squared distance, weighed by the diagonal of the Fisher information, which is estimated when
+    the stage starts, from the old stage's own targets and objectives, sample by sample. The estimate is saved in the
+    stage's folder, so that a resumed run goes on with the same.
 
     Args:
         stage: the old stage, whose data and objectives tell what must be kept.

@@ -29,12 +29,12 @@ class Distill(ObjectiveConfig):
             model's, with the same readers, and the same tokenizer where there is text.
         match: ``logits``: the divergence of the model's distribution from the teacher's, both softened by
             ``temperature`` and multiplied by its square (Hinton, arXiv 1503.02531, section 2). ``features``: squared
-            distance of vectors, summed over the axis (FitNets, arXiv 1412.6550, section 2.2, without its regressor: both
-            have one width). ``similarity``: the divergence of how the items of a batch resemble each other, as softmax
-            over cosines divided by ``temperature``, an item with itself left out; widths may differ (SEED, arXiv
-            2101.04731, section 3.2, with the batch as its queue).
-        on: what is compared. Logits: those of tokens (``sequence``) or classes (``merge``). Vectors: the streams' in the
-            shared space (``embed``) or the merged states (``merge``). None: the first that is named here.
+            distance of vectors, summed over the axis (FitNets, arXiv 1412.6550, section 2.2, without its regressor:
+            both have one width). ``similarity``: the divergence of how the items of a batch resemble each other, as
+            softmax over cosines divided by ``temperature``, an item with itself left out; widths may differ (SEED,
+            arXiv 2101.04731, section 3.2, with the batch as its queue).
+        on: what is compared. Logits: those of tokens (``sequence``) or classes (``merge``). Vectors: the streams' in
+            the shared space (``embed``) or the merged states (``merge``). None: the first that is named here.
         temperature: see ``match``.
     """
 

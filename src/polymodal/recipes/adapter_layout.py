@@ -1,7 +1,7 @@
 """Adapters as the hub's files hold them: ``adapter_config.json`` and tensors by the hub's names.
 
-Where the hub fuses what are several layers of ours (GPT-2's queries, keys and values), their updates are joined into one
-of the sum of their ranks, block by block, which is exact.
+Where the hub fuses what are several layers of ours (GPT-2's queries, keys and values), their updates are joined into
+one of the sum of their ranks, block by block, which is exact.
 
 Legend: ``I`` inputs, ``O`` outputs, ``R`` rank, ``P`` virtual tokens, ``D`` width.
 """

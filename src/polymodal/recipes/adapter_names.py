@@ -63,8 +63,10 @@ class HubNames:
 
 
 def hub_names(recipe: Recipe, network: nn.Module) -> HubNames:
-    """The names of a model's layers on the hub: those of the checkpoint that they came from, or of the published layout
-    that holds this model; our own for the rest.
+    """The names of a model's layers on the hub.
+
+    They are those of the checkpoint that a layer came from, or of the published layout that holds this model; our own
+    where there is neither.
 
     Args:
         recipe: of the model.

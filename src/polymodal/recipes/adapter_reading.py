@@ -177,8 +177,8 @@ def _fill(adapter: Adapter, leaves: Mapping[str, Tensor], where: str) -> None:
         tensor = leaves[name].reshape(-1) if name in ("gain", "magnitude") else leaves[name]
         if tensor.shape != parameter.shape:
             raise CheckpointError(
-                f"{where}: {name}: found shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}; was the adapter "
-                "trained on another base?"
+                f"{where}: {name}: found shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}; was the "
+                "adapter trained on another base?"
             )
         parameter.data.copy_(tensor)
 

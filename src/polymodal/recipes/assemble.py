@@ -59,6 +59,8 @@ def assemble(
         fill_sources(network, recipe.sources)
     if with_sources and recipe.extend is not None:
         fill_base(network, recipe)
+    # Checkpoints are stored in any precision; weights that train are float32.
+    network.float()
     return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer, text_tokenizers), network, text_tokenizers)
 
 
@@ -108,6 +110,7 @@ def make_processor(
             around=getattr(stream.enters, "around", None),
             view=stream.view,
             tokens=stream.tokens,
+            is_instruction=name == model.instruction_stream,
         )
     backbone = model.backbone
     max_tokens = backbone.max_tokens if isinstance(backbone, CausalConfig) else 1

@@ -1,6 +1,6 @@
-"""Recipes that add to a finished run: ``extend: RUN``.
+"""Recipes that add to a finished run or a published checkpoint: ``extend: FOLDER``.
 
-The model is that of the run with what the recipe says on top: a new stream, another head. Every part that the run has
+The model is that of the folder with what the recipe says on top: a new stream, another head. Every part that is there
 starts with its weights; what is new starts at random. With everything old frozen, old inputs give the same to the bit::
 
     name: with-sound
@@ -21,6 +21,8 @@ from torch import nn
 from polymodal.core.config import load_yaml
 from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.modalities.text import Tokenizer
+from polymodal.models.weights.folder import is_checkpoint
+from polymodal.recipes.published import Published
 from polymodal.recipes.schema import Recipe
 from polymodal.recipes.tokenizers import read_text_tokenizers
 from polymodal.training.state_files import read_tensors
@@ -29,19 +31,23 @@ _FILES = ("recipe.yaml", "tokenizer.json", "model.safetensors")
 
 
 def resolve_extension(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's data with the model of the run that it extends filled in; a resolved recipe stays as it is.
+    """A recipe's data with the model of the folder that it extends filled in; a resolved recipe stays as it is.
 
     Raises:
-        CheckpointError: if there is no finished run.
+        CheckpointError: if there is neither a finished run nor a readable checkpoint.
         ConfigError: if the run has adapters beside its weights.
     """
     model = data.get("model") or {}
     if not isinstance(model, Mapping) or "backbone" in model:
         return dict(data)
     folder = Path(data["extend"])
+    if _is_published(folder):
+        return {**data, "model": _over(Published(folder).model.to_data(), model)}
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(f"extend: {folder} is no finished run: {', '.join(missing)} missing; expected one")
+        raise CheckpointError(
+            f"extend: {folder} is no finished run: {', '.join(missing)} missing; expected one, or a checkpoint folder"
+        )
     base = load_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
     _refuse_adapters(base, folder)
     merged = {**data, "model": _over(base["model"], model)}
@@ -49,6 +55,10 @@ def resolve_extension(data: Mapping[str, Any]) -> dict[str, Any]:
         if key in base:
             merged.setdefault(key, base[key])
     return merged
+
+
+def _is_published(folder: Path) -> bool:
+    return not (folder / "recipe.yaml").is_file() and is_checkpoint(folder)
 
 
 def _refuse_adapters(base: Mapping[str, Any], folder: Path) -> None:
@@ -69,20 +79,26 @@ def _over(base: Any, new: Any) -> Any:
 
 
 def base_tokenizers(recipe: Recipe) -> tuple[Tokenizer, Mapping[str, Tokenizer]] | None:
-    """The tokenizers of the run that a recipe extends; None without one."""
-    if recipe.extend is None:
+    """The tokenizers of the run that a recipe extends; None without one: a checkpoint's stand in the recipe."""
+    if recipe.extend is None or _is_published(Path(recipe.extend)):
         return None
     folder = Path(recipe.extend)
     return Tokenizer.load(folder / "tokenizer.json"), read_text_tokenizers(folder)
 
 
 def fill_base(network: nn.Module, recipe: Recipe) -> None:
-    """Put the weights of the run that a recipe extends into its network.
+    """Put the weights of the run or checkpoint that a recipe extends into its network.
 
     Raises:
         CheckpointError: if the network has no place for one of them, or another shape; nothing has been changed then.
     """
     assert recipe.extend is not None
+    if _is_published(Path(recipe.extend)):
+        published = Published(recipe.extend)
+        streams = [f"streams.{name}" for name in recipe.model.streams if name not in published.model.streams]
+        heads = [f"heads.{name}" for name in recipe.model.heads if name not in published.model.heads]
+        published.fill(network, without=(*streams, *heads))
+        return
     path = Path(recipe.extend) / "model.safetensors"
     stored, own = read_tensors(path), network.state_dict()
     strange = [name for name in stored if name not in own or own[name].shape != stored[name].shape]

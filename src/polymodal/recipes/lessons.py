@@ -52,8 +52,8 @@ def _refuse_other_reading(mine: Assembly, theirs: Assembly, path: str) -> None:
             )
         if own.reader != stream.reader:
             raise ConfigError(
-                f"teacher {path}: reads the stream {name!r} as {stream.reader}, the model as {own.reader}; expected the "
-                "same reader: give it to the model's stream"
+                f"teacher {path}: reads the stream {name!r} as {stream.reader}, the model as {own.reader}; expected "
+                "the same reader: give it to the model's stream"
             )
     reads_text = any(stream.modality == "text" for stream in theirs.recipe.model.streams.values())
     reads_text = reads_text or theirs.processor.chat is not None
@@ -125,9 +125,7 @@ def check_old_stages(recipe: Recipe, stage: StageConfig) -> str | None:
     return f"keeps {', '.join(found)}" if found else None
 
 
-def _estimate(
-    parts: Assembly, recipe: Recipe, old: StageConfig, config: Consolidation, compute: Compute
-) -> Anchor:
+def _estimate(parts: Assembly, recipe: Recipe, old: StageConfig, config: Consolidation, compute: Compute) -> Anchor:
     objectives = old.parsed_objectives()
     passes = passes_of(objectives)
     sources = [entry.open(recipe.data_root) for entry in old.data]

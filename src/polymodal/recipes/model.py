@@ -311,6 +311,11 @@ class Model:
             if isinstance(chat, ChatTemplate):
                 # Processors of several modalities look for it in a file of its own.
                 (Path(out) / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
+            instruction = self.recipe.model.instruction_stream
+            if instruction in self.text_tokenizers:
+                beside = Path(out) / "qformer_tokenizer"
+                beside.mkdir()
+                write_tokenizer(self.text_tokenizers[instruction], beside)
         elif len(self.text_tokenizers) == 1:
             write_tokenizer(next(iter(self.text_tokenizers.values())), Path(out))
         return name

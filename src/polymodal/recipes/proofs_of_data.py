@@ -215,7 +215,7 @@ def placeholders(probe: Probe) -> str | None:
             if stream is None:
                 continue
             with torch.no_grad():
-                found = len(parts.network.connect(name, parts.network.encode(name, stream)))
+                found = len(parts.network.connect(name, parts.network.encode(name, stream), stream))
             items = [item for example in examples[start : start + 16] for item in example.plan.items.get(name, ())]
             expected = sum(model.count_tokens(name, lengths) for _, lengths in items)
             if name in model.sequence_streams:

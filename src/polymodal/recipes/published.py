@@ -15,13 +15,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from polymodal.core.config import Config
+from polymodal.core.config import Config, unknown
 from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
 from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.models.compose.config import ModelConfig
@@ -50,8 +50,13 @@ class Published:
         self.architecture: Architecture = find_architecture(self.folder.configs)
         self.model: ModelConfig = self.architecture.model(self.folder.configs)
 
-    def part(self, path: str, role: str) -> str:
+    def part(self, path: str, role: str, modality: str | None = None) -> str:
         """The checkpoint's part that fits a place of a recipe: the same path, or the only one of its role.
+
+        Args:
+            path: the place.
+            role: ``encoder``, ``connector``, ``backbone`` or ``heads``.
+            modality: of the stream there, if it says so: parts of other streams are left out.
 
         Raises:
             ConfigError: if there is none, or several.
@@ -59,37 +64,49 @@ class Published:
         offers = list(_parts(self.model))
         if path in offers:
             return path
-        fitting = [name for name in offers if name.split(".")[-1] == role or name.split(".")[0] == role]
+        fitting = [name for name in offers if role in (name.split(".")[-1], name.split(".")[0])]
+        if modality is not None:
+            streams = self.model.streams
+            fitting = [name for name in fitting if streams[name.split(".")[1]].modality == modality]
         if len(fitting) != 1:
+            kind = f"{role} for {modality}" if modality else role
             raise ConfigError(
-                f"{path}: found {fitting or 'nothing'} of the role {role!r} in {self.folder.path}, expected one; its "
-                f"parts: {offers}. Write from: {{folder: ..., part: ...}}"
+                f"{path}: found {' and '.join(fitting) or f'no {kind}'} in {self.folder.path}, expected one {kind}; "
+                f"its parts: {', '.join(offers)}. Name one: from: {{folder: ..., part: ...}}"
             )
         return fitting[0]
 
     def config(self, part: str) -> Config:
-        """The config of one part."""
+        """The config of one part.
+
+        Raises:
+            ConfigError: if there is no such part.
+        """
+        offers = list(_parts(self.model))
+        if part not in offers:
+            raise ConfigError(f"{self.folder.path}: {unknown('part', part, offers)}")
         value: Any = self.model
         for key in part.split("."):
-            value = value[key] if isinstance(value, Mapping) else getattr(value, key, None)
-        if not isinstance(value, Config):
-            raise ConfigError(f"{self.folder.path}: has no part {part!r}; its parts: {list(_parts(self.model))}")
+            value = value[key] if isinstance(value, Mapping) else getattr(value, key)
+        assert isinstance(value, Config)
         return value
 
-    def fill(self, network: nn.Module, at: str = "", part: str = "") -> None:
+    def fill(self, network: nn.Module, at: str = "", part: str = "", without: Collection[str] = ()) -> None:
         """Put the checkpoint's weights into ``network``, without a copy.
 
         Args:
             network: whose names below ``at`` are those of the checkpoint's model below ``part``.
             at: path of the part in the network; "" for all of it.
             part: its path in the checkpoint's model.
+            without: paths in the network that are not the checkpoint's, and keep what they have.
 
         Raises:
             CheckpointError: if a tensor is missing, has another shape, or (for a whole model) is not known.
         """
         stored, where = self.folder.tensors, str(self.folder.path)
         table = self.architecture.names(self.model, list(stored))
-        own = {part + name[len(at) :]: name for name in wanted_names(network) if _below(name, at)}
+        new = [name for path in without for name in network.state_dict() if _below(name, path)]
+        own = {part + n[len(at) :]: n for n in wanted_names(network) if _below(n, at) and n not in new}
         loaded = table.load(own, stored, where)
         if not at:
             unknown = table.unknown(network.state_dict(), list(stored))
@@ -168,34 +185,79 @@ def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict):
         return data
     sources: dict[str, Any] = dict(data.get("sources") or {})
-    read: dict[str, Published] = {}
-    for path, role, holder, key in _places(model):
+    shelf = _Shelf()
+    # A language model that is taken whole brings its own head.
+    backbone = model.get("backbone")
+    if isinstance(backbone, dict) and "from" in backbone and "heads" not in model and not is_adapted(backbone):
+        model["heads"] = shelf.own_heads(_source(backbone["from"], "backbone")[0])
+    for path, role, holder, key in list(_places(model)):
         value = holder[key]
         if not isinstance(value, dict) or "from" not in value:
             continue
-        source = value.pop("from")
-        folder = source["folder"] if isinstance(source, dict) else str(source)
+        folder, part = _source(value.pop("from"), path)
         if is_adapted(value):
             adapt(value, role, holder, key, find_folder(folder))
             sources[path] = {"folder": folder, "part": ""}
             continue
-        published = read.setdefault(folder, Published(folder))
-        part = published.part(path, role) if not isinstance(source, dict) else source["part"]
+        published = shelf[folder]
+        is_streams = role in ("encoder", "connector")
+        part = part or published.part(path, role, holder.get("modality") if is_streams else None)
         found = published.config(part).to_data()
         if value.get("use", found["use"]) != found["use"]:
             raise ConfigError(f"{path}: found use: {value['use']}, {folder} holds {found['use']!r}; leave 'use' out")
-        holder[key] = {**found, **value}
+        holder[key] = _over(found, value)
         sources[path] = {"folder": folder, "part": part}
-        if role == "encoder":
-            theirs = published.model.streams[part.split(".")[1]]
-            holder.setdefault("modality", theirs.modality)
-            if theirs.reader is not None:
-                holder.setdefault("reader", theirs.reader.to_data())
-        if role == "backbone":
-            model.setdefault("tokenizer", published.model.tokenizer.to_data())
+        _fill_beside(published.model, part, role, holder if role == "encoder" else model)
     if sources:
         data["sources"] = sources
     return data
+
+
+def _source(value: Any, path: str) -> tuple[str, str]:
+    """Folder and part of what stands after ``from``; "" for a part that is not named.
+
+    Raises:
+        ConfigError: if it is neither a folder nor a mapping of ``folder`` and ``part``.
+    """
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value), ""
+    if not isinstance(value, Mapping) or "folder" not in value or not {*value} <= {"folder", "part"}:
+        raise ConfigError(f"{path}.from: found {value!r}, expected a folder, a hub id or {{folder: ..., part: ...}}")
+    return str(value["folder"]), str(value.get("part", ""))
+
+
+def _over(found: Any, said: Any) -> Any:
+    """``found`` with what the recipe says on top, key by key; another kind (``use``) replaces all of it."""
+    if not isinstance(found, Mapping) or not isinstance(said, Mapping):
+        return said
+    if said.get("use", found.get("use")) != found.get("use"):
+        return said
+    return {**found, **{key: _over(found.get(key), value) for key, value in said.items()}}
+
+
+def _fill_beside(theirs: ModelConfig, part: str, role: str, holder: dict[str, Any]) -> None:
+    """What must go with a part, unless the recipe says otherwise: an encoder's reader, a backbone's tokenizer."""
+    if role == "encoder":
+        stream = theirs.streams[part.split(".")[1]]
+        holder.setdefault("modality", stream.modality)
+        if stream.reader is not None:
+            holder.setdefault("reader", stream.reader.to_data())
+    if role == "backbone":
+        holder.setdefault("tokenizer", theirs.tokenizer.to_data())
+
+
+class _Shelf(dict[str, Published]):
+    """Checkpoints by folder, each read once."""
+
+    def __missing__(self, folder: str) -> Published:
+        self[folder] = Published(folder)
+        return self[folder]
+
+    def own_heads(self, folder: str) -> dict[str, Any]:
+        """The heads of a checkpoint's language model, as a recipe takes them."""
+        heads = self[folder].model.heads
+        own = [name for name, head in heads.items() if head.use == "next_token"]
+        return {name: {"from": {"folder": folder, "part": f"heads.{name}"}} for name in own}
 
 
 def _places(model: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], str]]:
@@ -219,14 +281,13 @@ def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
     Raises:
         CheckpointError: if a source is gone, or does not hold what the part needs.
     """
-    read: dict[str, Published] = {}
+    shelf = _Shelf()
     for path, source in sources.items():
         part: Any = network.get_submodule(path)
         if isinstance(part, TransformersEncoder | TransformersDecoder):
             part.load_folder(find_folder(source.folder))
             continue
-        published = read.setdefault(source.folder, Published(source.folder))
-        published.fill(network, path, source.part)
+        shelf[source.folder].fill(network, path, source.part)
 
 
 def export_hub(

@@ -65,7 +65,7 @@ class Sizes:
 
 SIZES = {
     "quickstart": Sizes(),
-    "scenes-full": Sizes(num_train=20_000, num_val=500, num_novel=300, per_family=300, per_control=100),
+    "scenes-full": Sizes(num_train=12_000, num_val=500, num_novel=300, per_family=300, per_control=100),
 }
 """The sizes of each preset; other recipes take those of ``quickstart``."""
 

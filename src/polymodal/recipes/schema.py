@@ -53,8 +53,8 @@ class Recipe(Config):
     keep_last: PositiveInt = 2
     """Checkpoints kept besides the best."""
     extend: str | None = None
-    """A finished run that this recipe adds to: its model is the run's with what stands here on top, and every part that
-    the run has starts with its weights."""
+    """A finished run or checkpoint folder that this recipe adds to: its model is the folder's with what stands here on
+    top, and every part that is there starts with its weights."""
     sources: dict[str, PartSource] = Field(default_factory=dict)
     """Per part (``streams.image.encoder``, ``backbone``), the checkpoint that its first weights come from; filled in
     where a part says ``from``. The path "" stands for the whole model."""

@@ -32,10 +32,7 @@ class Anchor:
     def penalty(self, model: MultimodalModel) -> Tensor:
         """Half the sum of ``fisher * (weight - value) ** 2``, a scalar with a graph."""
         own = dict(model.named_parameters())
-        terms = [
-            (fisher * (own[name] - self.values[name]).square()).sum()
-            for name, fisher in self.fisher.items()
-        ]
+        terms = [(fisher * (own[name] - self.values[name]).square()).sum() for name, fisher in self.fisher.items()]
         return 0.5 * torch.stack(terms).sum()
 
     def save(self, path: Path) -> None:

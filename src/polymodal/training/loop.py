@@ -31,8 +31,8 @@ from polymodal.training.lessons import Lessons
 from polymodal.training.metrics_log import MetricsLog
 from polymodal.training.optimizers import clip_gradients, set_rate
 from polymodal.training.precision import Compute
-from polymodal.training.pruning import Pruner
 from polymodal.training.progress import Progress, Update
+from polymodal.training.pruning import Pruner
 from polymodal.training.stage import StageConfig
 from polymodal.training.state_files import random_state, set_random_state
 from polymodal.training.twin import Twin
@@ -134,7 +134,8 @@ class StageRun:
             raise CheckFailed(f"stage {stage.name!r}: a frozen tensor changed during the stage; its result is not kept")
         if self.pruner is not None:
             result.sparsity = self.pruner.prove(stage.name)
-            context.progress.note(f"{stage.name}: {result.sparsity:.1%} of {len(self.pruner.weights)} matrices are zero")
+            count = len(self.pruner.weights)
+            context.progress.note(f"{stage.name}: {result.sparsity:.1%} of the weights of {count} matrices are zero")
         self._take_best(result)
         return result
 

@@ -43,7 +43,10 @@ class PruneConfig(Config):
         return self
 
     def target(self, step: int, steps: int) -> float:
-        """The share that is zero after ``step`` of ``steps``; worked example: 0.5 over the whole stage, 0.4375 half way."""
+        """The share that is zero after ``step`` of ``steps``.
+
+        Worked example: of 0.5 over the whole stage, 0.4375 is there half way.
+        """
         first, last = self.begin * steps, self.end * steps
         progress = min(max((step - first) / (last - first), 0.0), 1.0)
         return self.sparsity * (1 - (1 - progress) ** 3)

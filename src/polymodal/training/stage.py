@@ -101,11 +101,13 @@ class StageConfig(Config):
         if {"match", "match_hard"} <= needs:
             raise ValueError(f"stage {self.name!r}: found random and hard negatives of matching, expected one kind")
         if self.grad_cache and any(entry.config.twin is not None for entry in objectives):
-            raise ValueError(f"stage {self.name!r}: grad_cache does without a queue; leave it, or momentum_contrast, out")
+            raise ValueError(f"stage {self.name!r}: grad_cache does without a queue; leave momentum_contrast out")
         if (self.grad_cache or self.cache_features) and teachers_of(objectives):
-            raise ValueError(f"stage {self.name!r}: a teacher reads the media itself; leave grad_cache and cache_features out")
+            raise ValueError(f"stage {self.name!r}: a teacher reads the media; leave grad_cache and cache_features out")
         if self.prune is not None and self.validation is not None:
-            raise ValueError(f"stage {self.name!r}: 'validation' could choose weights from before 'prune' was done; leave one out")
+            raise ValueError(
+                f"stage {self.name!r}: 'validation' could choose weights from before 'prune' was done; leave one out"
+            )
         if (self.eval_every is None) != (self.validation is None):
             raise ValueError(f"stage {self.name!r}: 'eval_every' and 'validation' belong together")
         return self

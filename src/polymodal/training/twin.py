@@ -82,8 +82,8 @@ class Twin:
         """After a step: move towards the model, and queue what was said; the newest vectors stand first."""
         for ours, theirs in self._followed:
             ours.lerp_(theirs, 1 - self.need.decay)
-        for (_, ours), (_, theirs) in zip(self.network.named_buffers(), self.model.named_buffers(), strict=True):
-            ours.copy_(theirs)
+        for mine, other in zip(self.network.buffers(), self.model.buffers(), strict=True):
+            mine.copy_(other)
         for said in self._said:
             for name, (x_IE, groups_I) in said.items():
                 older = self.queues.get(name, x_IE[:0]), self.groups.get(name, groups_I[:0])

@@ -1,4 +1,4 @@
-"""ALBEF against the paper's equations: the reference library's parts of the same kind, put together as section 3.1 says."""
+"""ALBEF against the paper's equations: the reference library's parts, put together as section 3.1 says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ from .reference import assert_close, randomise
 transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a red dog", "what is it on the grass?", "cats"]
-PICTURES = [PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)) for i in range(3)]
+PICTURES = [
+    PIL.Image.fromarray(np.random.default_rng(i).integers(0, 256, (24, 24, 3), dtype=np.uint8)) for i in range(3)
+]
 SAMPLES = [
     pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
     for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))
@@ -54,13 +56,21 @@ class Published(nn.Module):
         self.segments = nn.Embedding(2, WIDTH)
         self.vision_proj, self.text_proj = nn.Linear(VISION, 20), nn.Linear(WIDTH, 20)
         self.itm_head, self.temp = nn.Linear(WIDTH, 2), nn.Parameter(torch.tensor(0.07))
-        self.transform, self.norm, self.bias = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Parameter(torch.zeros(rows))
+        self.transform, self.norm, self.bias = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.LayerNorm(WIDTH),
+            nn.Parameter(torch.zeros(rows)),
+        )
 
     def forward(self, pixels: Tensor, ids: Tensor, attends: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Picture states, states of the lower and of the upper layers."""
         image = self.vision(pixels).last_hidden_state
         embeddings = self.text.embeddings
-        x = embeddings.word_embeddings(ids) + self.segments.weight[0] + embeddings.position_embeddings.weight[: ids.shape[1]]
+        x = (
+            embeddings.word_embeddings(ids)
+            + self.segments.weight[0]
+            + embeddings.position_embeddings.weight[: ids.shape[1]]
+        )
         x = embeddings.LayerNorm(x)
         mask = (1.0 - attends[:, None, None].float()) * -1e9
         for layer in self.text.encoder.layer[:2]:
@@ -152,9 +162,10 @@ def test_states_follow_the_equations(made: tuple[Path, Published]) -> None:
     assert_close(words, expected[attends], rel=2e-4)  # two layers of norms amplify the last places
     with torch.no_grad():
         scores = reference.itm_head(upper[:, 0])
-        similarity = nn.functional.normalize(reference.vision_proj(image[:, 0])) @ nn.functional.normalize(
-            reference.text_proj(lower[:, 0])
-        ).T
+        similarity = (
+            nn.functional.normalize(reference.vision_proj(image[:, 0]))
+            @ nn.functional.normalize(reference.text_proj(lower[:, 0])).T
+        )
     assert_close(model.engine.match_logits(SAMPLES), scores[:, 1] - scores[:, 0])
     ours = model.embed([pm.Image(picture) for picture in PICTURES]) @ model.embed(TEXTS).T
     assert_close(ours, similarity)

@@ -25,7 +25,9 @@ transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a red dog", "what is it on the grass?", "cats"]
 _RNG = np.random.default_rng(0)
-PICTURES = [PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))]
+PICTURES = [
+    PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))
+]
 SAMPLES = [
     pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
     for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))
@@ -91,7 +93,9 @@ def test_a_missing_tensor_is_named(made: tuple[Path, Any, Any], tmp_path: Path) 
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["vision_model.encoder.layers.1.self_attn.qkv.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"3 tensor\(s\) missing: vision_model.encoder.layers.1.self_attn.qkv.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"3 tensor\(s\) missing: vision_model.encoder.layers.1.self_attn.qkv.bias"
+    ):
         pm.load(tmp_path)
 
 

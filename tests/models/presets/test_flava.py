@@ -28,7 +28,9 @@ transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a red dog", "what is it on the grass?", "cats"]
 _RNG = np.random.default_rng(0)
-PICTURES = [PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))]
+PICTURES = [
+    PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))
+]
 SAMPLES = [
     pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
     for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))

@@ -16,8 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import build
 
-from .clip_tokenizer import clip_tokenizer
-
 import polymodal as pm
 from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Audio, Image, Sensor, Video
@@ -28,6 +26,8 @@ from polymodal.models.presets.imagebind import IMAGEBIND
 from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters, wanted_names
 from polymodal.objectives.infonce import InfoNCE
+
+from .clip_tokenizer import clip_tokenizer
 
 TINY: dict[str, Any] = {
     "model_type": "imagebind",
@@ -147,7 +147,8 @@ def bound_samples(count: int, seed: int) -> list[pm.Sample]:
         pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
         pixels[..., kind % 3] += np.uint8(180 if kind < 3 else 0)
         depth = rng.integers(0, 60, (16, 16), dtype=np.uint8)
-        depth[8 * (kind // 2) :, 8 * (kind % 2) :] += 180
+        row, column = np.indices((16, 16))
+        depth += np.uint8(180) * (row % 2, column % 2, (row + column) % 2, row // 4 % 2)[kind].astype(np.uint8)
         place = np.arange(3_000)
         wave = 0.4 * np.sin(place * (0.1 + 0.3 * kind)) + rng.normal(0, 0.02, 3_000)
         motion = np.zeros((40, 2)) + rng.normal(0, 0.1, (40, 2))
@@ -175,7 +176,7 @@ def test_modalities_that_were_never_paired_bind_through_images() -> None:
     objective = InfoNCE(pairs=(("image", "audio"), ("image", "depth"), ("image", "imu")), same_label="positive")
     optimizer = torch.optim.AdamW(toy.network.parameters(), lr=2e-3)
     toy.network.train()
-    for step in range(90):
+    for step in range(32):
         loss = objective(toy.network(batches[step % 4], passes=("embed",)), batches[step % 4]).total
         optimizer.zero_grad()
         loss.backward()
@@ -187,7 +188,7 @@ def test_modalities_that_were_never_paired_bind_through_images() -> None:
     for first, second in (("audio", "depth"), ("imu", "audio"), ("depth", "imu")):
         nearest = (found[first][0] @ found[second][0].T).argmax(dim=1)
         hits = (kinds[nearest] == kinds).float().mean()
-        assert hits > 0.75, f"{first} finds {second} in {hits:.2f} of cases; chance is 0.25"
+        assert hits > 0.9, f"{first} finds {second} in {hits:.2f} of cases; chance is 0.25"
 
 
 def test_texts_are_read_up_to_their_end_token(folder: Path) -> None:

@@ -63,7 +63,9 @@ def test_centres_are_those_of_the_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     middle = torch.cartesian_prod(torch.tensor([0.0, 100.0, 200.0]), torch.tensor([0.0, 5.0, 10.0]))
     cloud = (middle[:, None] + 0.1 * torch.randn(9, 30, 2, generator=generator)).flatten(0, 1)
-    best = min((hierarchical_means(cloud, 3, 2, seed) for seed in range(5)), key=lambda c: torch.cdist(cloud, c).amin(1).sum())
+    best = min(
+        (hierarchical_means(cloud, 3, 2, seed) for seed in range(5)), key=lambda c: torch.cdist(cloud, c).amin(1).sum()
+    )
     assert torch.cdist(middle, best).amin(1).max() < 0.5
     assert torch.equal(hierarchical_means(cloud, 3, 2, 1), hierarchical_means(cloud, 3, 2, 1))
 
@@ -82,7 +84,7 @@ def test_fitting_spreads_the_words_over_the_features() -> None:
 
 def test_nothing_trains_the_frozen_encoder() -> None:
     encoder = encoder_of(toy())
-    assert not list(encoder.base.parameters()) and "base.trunk.patch_embed.weight" in encoder.state_dict()
+    assert not list(encoder.base.parameters()) and "base.frame.patch_embed.weight" in encoder.state_dict()
     assert all(not name.startswith("base") for name, _ in encoder.named_parameters())
 
 

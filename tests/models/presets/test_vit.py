@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
+from polymodal.core.errors import CheckpointError, ConfigError, SampleError
+from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.presets import find_size
 from polymodal.models.presets.labels import class_names
 from polymodal.models.presets.vit import VIT
@@ -130,3 +130,12 @@ def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
         kind = size.config["architectures"][0]
         reference = getattr(transformers, kind)(transformers.ViTConfig(**size.config))
     assert ours == num_parameters(reference) == size.parameters
+
+
+def test_a_sample_without_the_classified_stream_is_named(tmp_path: Path) -> None:
+    make(tmp_path, "ViTForImageClassification")
+    model = pm.load(tmp_path)
+    batch = model.engine.processor.batch([pm.Sample("seen", views={"image": pm.Image(PIXELS)})])
+    batch.sample_ids.append("unseen")
+    with pytest.raises(SampleError, match="unseen: has no item of the stream 'image', which is classified"):
+        model.network(to_device(batch, "cpu"), passes=("merge",))

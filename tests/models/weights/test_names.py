@@ -66,9 +66,9 @@ def test_missing_tensors_are_named_and_optional_ones_may_be_absent():
 
 
 def test_an_export_names_what_has_no_place_and_what_is_incomplete():
-    with pytest.raises(CheckpointError, match="no place for 1 tensor.*: adapter"):
+    with pytest.raises(CheckpointError, match=r"no place for 1 tensor.*: adapter"):
         TABLE.save({"adapter": torch.ones(1)}, "export")
-    with pytest.raises(CheckpointError, match="h.7.qkv.weight: found 1 of 3 parts"):
+    with pytest.raises(CheckpointError, match=r"h.7.qkv.weight: found 1 of 3 parts"):
         TABLE.save({"blocks.7.q.weight": torch.ones(2, 4)}, "export")
 
 

@@ -115,7 +115,8 @@ def log_mel(
     levels_LM = np.log10(np.maximum(power_LM, FLOOR))
     if levels == "decibels":
         return (10.0 * levels_LM).astype(np.float32)
-    return np.maximum(levels_LM, levels_LM.max() - RANGE_DECADES).astype(np.float32)
+    clamped_LM: NDArray[np.float32] = np.maximum(levels_LM, levels_LM.max() - RANGE_DECADES).astype(np.float32)
+    return clamped_LM
 
 
 def _mel_power(

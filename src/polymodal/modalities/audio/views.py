@@ -42,4 +42,5 @@ def _shrunk(mel_LM: NDArray[np.float32], num_frames: int) -> NDArray[np.float32]
     left_N = np.floor(place_N).astype(np.int64)
     right_N = np.minimum(left_N + 1, len(mel_LM) - 1)
     share_N1 = (place_N - left_N).astype(np.float32)[:, None]
-    return mel_LM[left_N] * (1 - share_N1) + mel_LM[right_N] * share_N1
+    shrunk_NM: NDArray[np.float32] = mel_LM[left_N] * (1 - share_N1) + mel_LM[right_N] * share_N1
+    return shrunk_NM

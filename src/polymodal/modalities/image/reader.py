@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator, model_validator
 
-from polymodal.core.batch import ModelInput
+from polymodal.core.batch import ModelInput, TileLengths
 from polymodal.core.limits import Limits
 from polymodal.core.parts import Image, Part
 from polymodal.modalities.decoding import expect_part
@@ -50,12 +50,15 @@ class ImageReaderConfig(ReaderConfig):
         grids: candidates of ``anyres``, as (rows, columns).
         thumbnail: whether the whole picture, stretched to one tile, comes first: before any ``anyres`` grid, and before
             a ``tiles`` grid of more than one tile.
+        cut: ``all`` pictures; or only a ``single`` one of a conversation, where each of several is one tile, filled up
+            to a square with the mean colour.
         rescale: factor of a pixel, before mean and deviation; 1 / 255 for pixels in 0..1.
         mean: per channel, of rescaled pixels, subtracted.
         std: per channel, divided by.
 
     Source: ``tiles``: InternVL 1.5 (Chen et al. 2024), section 3.1, which puts the thumbnail last. ``anyres``:
         LLaVA-NeXT (Liu et al. 2024), with ``resize: pad`` and ``fill: black``.
+        ``cut: single``: LLaVA-OneVision (Li et al. 2024), section 3.2.
         ``pad_square``: LLaVA-1.5 (Liu et al. 2023), section 3.
     """
 
@@ -72,6 +75,7 @@ class ImageReaderConfig(ReaderConfig):
     max_tiles: int = Field(6, ge=1, le=256)
     grids: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     thumbnail: bool = True
+    cut: Literal["all", "single"] = "all"
     rescale: float = Field(1 / 255, gt=0)
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
@@ -84,6 +88,12 @@ class ImageReaderConfig(ReaderConfig):
         if not grids or any(min(grid) < 1 for grid in grids):
             raise ValueError("expected at least one (rows, columns) pair, each number at least 1")
         return grids
+
+    @model_validator(mode="after")
+    def _cuts(self) -> Self:
+        if self.cut == "single" and self.resolution == "fixed":
+            raise ValueError("cut: single belongs to resolution: tiles or anyres; found fixed, which cuts nothing")
+        return self
 
     @model_validator(mode="after")
     def _edge_covers(self) -> Self:
@@ -127,9 +137,8 @@ class ImageReader(Reader):
         return (3, self.config.size_px, self.config.size_px)
 
     def measure(self, part: Part) -> tuple[int, ...]:
-        """A 1 for every tile, from the header."""
-        grid, has_thumbnail = self._layout(probe_image(expect_part(part, Image), self.limits))
-        return (1,) * (grid[0] * grid[1] + has_thumbnail)
+        """A 1 for every tile, from the header; of tiled pictures, with where the tiles lie."""
+        return self._lengths(probe_image(expect_part(part, Image), self.limits))
 
     def read(self, part: Part) -> ModelInput:
         """Decode, fit, normalise and cut: float32 ``[3, size_px, size_px]`` tiles, thumbnail first, then row by row."""
@@ -137,14 +146,29 @@ class ImageReader(Reader):
         if self.config.centre_share is not None:
             pixels = centre_square(pixels, self.config.centre_share)
         height, width = pixels.shape[:2]
-        grid, has_thumbnail = self._layout(ImageHeader(width, height, "decoded", "RGB"))
+        header = ImageHeader(width, height, "decoded", "RGB")
+        grid, has_thumbnail = self._layout(header)
         config, side = self.config, self.config.size_px
         canvas = config.fit(pixels, (grid[0] * side, grid[1] * side), config.resize)
         units = _cut(canvas, grid, side)
         if has_thumbnail:
             units.insert(0, config.fit(pixels, (side, side), "stretch"))
         is_tiled = config.resolution != "fixed"
-        return ModelInput(units, (1,) * len(units), grid=grid if is_tiled else None, size_px=(width, height))
+        return ModelInput(units, self._lengths(header), grid=grid if is_tiled else None, size_px=(width, height))
+
+    def among(self, count: int) -> Reader:
+        """See :meth:`Reader.among`: one tile for each of several pictures where ``cut`` says so."""
+        if count < 2 or self.config.cut == "all":
+            return self
+        one_tile = {"resolution": "fixed", "resize": "pad_square", "fill": "mean", "cut": "all"}
+        return ImageReader(self.config.model_copy(update=one_tile), self.limits)
+
+    def _lengths(self, header: ImageHeader) -> tuple[int, ...]:
+        grid, has_thumbnail = self._layout(header)
+        lengths = (1,) * (grid[0] * grid[1] + has_thumbnail)
+        if self.config.resolution == "fixed":
+            return lengths
+        return TileLengths(lengths, grid, (header.width_px, header.height_px))
 
     def _layout(self, header: ImageHeader) -> tuple[Grid, bool]:
         config = self.config

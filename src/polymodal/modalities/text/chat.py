@@ -74,6 +74,10 @@ class ChatFormat(Config):
     assistant: Turn
     user_after_system: Turn | None = None
     """The first user turn where a system turn stands before it; None: as any other."""
+    media: Turn = Turn()
+    """What stands around each media item."""
+    media_first: bool = False
+    """Whether all media stand before everything else, what begins the conversation included (BLIP-2)."""
     default_system: str = ""
     """The system turn of conversations that bring none; "" for none."""
     end: str
@@ -93,7 +97,8 @@ class ChatFormat(Config):
         """
         if self.default_system and (not messages or messages[0].role != "system"):
             messages = [Message("system", (Text(self.default_system),)), *messages]
-        segments = [self._fixed(item) for item in self.start]
+        segments = self._media(messages, id) if self.media_first else []
+        segments += [self._fixed(item) for item in self.start]
         previous = ""
         for message in messages:
             turn: Turn = getattr(self, message.role)
@@ -106,6 +111,15 @@ class ChatFormat(Config):
             segments += [self._fixed(item) for item in self.assistant.before]
         return segments
 
+    def _media(self, messages: Sequence[Message], id: str) -> list[Segment]:
+        found = []
+        for message in messages:
+            for part in message.parts:
+                if isinstance(part, Media):
+                    require_no_answer(part, message.role == "assistant", id)
+                    found.append(Segment(media=part))
+        return found
+
     def _turn(self, turn: Turn, message: Message, id: str) -> Iterator[Segment]:
         is_answer = message.role == "assistant"
         yield from (self._fixed(item) for item in turn.before)
@@ -114,9 +128,11 @@ class ChatFormat(Config):
         for part in message.parts:
             if isinstance(part, Text):
                 yield Segment(text=part.text, is_supervised=is_answer)
-            elif isinstance(part, Media):
+            elif isinstance(part, Media) and not self.media_first:
                 require_no_answer(part, is_answer, id)
+                yield from (self._fixed(item) for item in self.media.before)
                 yield Segment(media=part)
+                yield from (self._fixed(item) for item in self.media.after)
         ends = is_answer and self.end in turn.after
         for item in turn.after:
             # What stands before the end token is the assistant's to write as well; what follows it is not.
@@ -180,7 +196,7 @@ def tokenize(segments: Iterable[Segment], tokenizer: Tokenizer) -> Iterator[Run]
         else:
             text += segment.text
             continue
-        is_first = is_first and segment.control == START
+        is_first = segment.control == START
     if text:
         yield Run(tuple(tokenizer.encode(text, is_first=is_first)), None, is_target)
 

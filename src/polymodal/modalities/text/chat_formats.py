@@ -21,10 +21,11 @@ def _turns() -> ChatFormat:
     )
 
 
-def _plain() -> ChatFormat:
+def _plain(name: str, *, media_first: bool = False) -> ChatFormat:
     """Texts one after another as language models without chat training read them (GPT-2, OPT)."""
     return ChatFormat(
-        name="none",
+        name=name,
+        media_first=media_first,
         controls=(END,),
         start=(START,),
         system=Turn(),
@@ -63,6 +64,24 @@ def _vicuna() -> ChatFormat:
     )
 
 
+def _minigpt4() -> ChatFormat:
+    """MiniGPT-4 (2304.10592 section 3.2, with the system turn and marks of its code); the end token is added."""
+    return ChatFormat(
+        name="minigpt-4",
+        controls=(END,),
+        start=(START,),
+        system=Turn(after=("###",)),
+        user=Turn(before=("Human: ",), after=("###",)),
+        assistant=Turn(before=("Assistant:",), gap=" ", after=("###", END)),
+        media=Turn(before=("<Img>",), after=("</Img> ",)),
+        default_system=(
+            "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it "
+            "to you. Please answer my questions."
+        ),
+        end=END,
+    )
+
+
 def _llama_2() -> ChatFormat:
     """Llama 2 chat (2307.09288 appendix A.3.3): the system turn stands inside the first user turn."""
     return ChatFormat(
@@ -90,10 +109,11 @@ def _mistral() -> ChatFormat:
     )
 
 
-def _asked_and_answered(name: str, first: str, last: str, opening: str) -> ChatFormat:
+def _asked_and_answered(name: str, first: str, last: str, opening: str, *, media_first: bool = False) -> ChatFormat:
     """A question to an encoder and an answer by a decoder (T5, BLIP's question answering)."""
     return ChatFormat(
         name=name,
+        media_first=media_first,
         controls=tuple(dict.fromkeys(item for item in (first, last, opening) if item)),
         system=Turn(after=("\n",)),
         user=Turn(before=(first,) if first else (), after=(last,)),
@@ -133,15 +153,18 @@ CHAT_FORMATS = {
     chat.name: chat
     for chat in (
         _turns(),
-        _plain(),
+        _plain("none"),
+        _plain("blip-2", media_first=True),
         _chatml("chatml"),
         _chatml("qwen", "You are a helpful assistant."),
         _vicuna(),
+        _minigpt4(),
         _llama_2(),
         _mistral(),
         _whisper("whisper", "<|en|>", "<|transcribe|>"),
         _whisper("whisper.en"),
         _asked_and_answered("t5", "", "</s>", "<pad>"),
+        _asked_and_answered("blip-2-t5", "", "</s>", "<pad>", media_first=True),
         _blip(),
         _asked_and_answered("blip-vqa", "[CLS]", "[SEP]", "[DEC]"),
     )

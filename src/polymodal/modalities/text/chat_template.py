@@ -4,6 +4,7 @@ A template is a program from messages to text; it does not say what the assistan
 
 - Every content is replaced by a mark before rendering, so that a person's words are never read as the template's, and
   their place is known exactly. A second rendering with the words themselves must give the same text.
+- A media item of a kind that the template does not know stands as such a mark in the text, where it was said.
 - An answer's target begins where the prompt for it ends: the messages before it, rendered as a prompt, must be a prefix
   of the whole conversation. It ends with the first end token behind the answer's words.
 
@@ -45,7 +46,8 @@ class ChatTemplate(Config):
     tokenise what the template gives)."""
     marks: dict[str, str] = Field(default_factory=dict)
     """Per modality, the placeholder that the template writes for one media item (``image: <image>``). With marks,
-    contents are given to the template as lists of typed parts."""
+    contents are given to the template as lists of typed parts. Items of other modalities stand in the text as they are
+    said, and the template need not know them."""
 
     @property
     def name(self) -> str:
@@ -78,7 +80,8 @@ class ChatTemplate(Config):
             if message.role == "assistant"
         ]
         media = [part for parts in contents for _, part in parts if isinstance(part, Media)]
-        segments = _cut(whole, texts, targets, self._places(whole, media, id))
+        places = [*self._places(whole, media, id), *self._inline(whole, contents, id)]
+        segments = _cut(whole, texts, targets, sorted(places, key=lambda place: place[0]))
         has_start = "bos_token" in self.tokens and whole.startswith(self.tokens["bos_token"])
         return [Segment(control=START), *segments] if self.start and not has_start else segments
 
@@ -87,10 +90,11 @@ class ChatTemplate(Config):
     ) -> dict[str, Any]:
         parts: list[dict[str, str]] = []
         for number, part in contents[place]:
-            if isinstance(part, Text):
-                parts.append({"type": "text", "text": f"\ue000{number}\ue001" if marked else part.text})
-            else:
+            if isinstance(part, Media) and part.modality in self.marks:
                 parts.append({"type": part.modality})
+            else:
+                is_said = isinstance(part, Text) and not marked
+                parts.append({"type": "text", "text": part.text if is_said else _mark(number)})  # type: ignore[union-attr]
         role = messages[place].role
         if self.marks:
             return {"role": role, "content": parts}
@@ -114,10 +118,15 @@ class ChatTemplate(Config):
         """The texts as the template writes them: unchanged, or without space around each message."""
         real = [self._message(messages, contents, place, marked=False) for place in range(len(messages))]
         expected = self._fill(real, prompt, id)
-        said = {number: part.text for parts in contents for number, part in parts if isinstance(part, Text)}
+        said = {
+            number: part.text if isinstance(part, Text) else _mark(number)
+            for parts in contents
+            for number, part in parts
+            if isinstance(part, Text) or part.modality not in self.marks
+        }
         trimmed = {}
         for parts in contents:
-            own = [number for number, part in parts if isinstance(part, Text)]
+            own = [number for number, _ in parts if number in said]
             for number in own:
                 text = said[number]
                 text = text.lstrip() if number == own[0] else text
@@ -142,7 +151,7 @@ class ChatTemplate(Config):
                 f"the chat template's prompt for message {place} is not how it writes the conversation up to there, "
                 "so that training would differ from answering; choose a chat format by name, for example chat: chatml",
             )
-        marks = [f"\ue000{number}\ue001" for number, _ in contents[place]]
+        marks = [_mark(number) for number, _ in contents[place]]
         last = whole.find(marks[-1], len(opening)) if marks else len(opening)
         stop = whole.find(self.end, last)
         following = _MARK.search(whole, last + len(marks[-1]) if marks else last)
@@ -155,11 +164,11 @@ class ChatTemplate(Config):
         return len(opening), stop + len(self.end)
 
     def _places(self, whole: str, media: Sequence[Media], id: str) -> list[tuple[int, int, Media]]:
-        """From where to where each media item's placeholder stands."""
+        """From where to where the placeholder of each media item stands that the template knows."""
         found = []
-        for modality in dict.fromkeys(part.modality for part in media):
-            mark, items = self.marks.get(modality), [part for part in media if part.modality == modality]
-            spans = [match.span() for match in re.finditer(re.escape(mark), whole)] if mark else []
+        for modality, mark in self.marks.items():
+            items = [part for part in media if part.modality == modality]
+            spans = [match.span() for match in re.finditer(re.escape(mark), whole)] if items else []
             if len(spans) != len(items):
                 raise SampleError(
                     id,
@@ -167,7 +176,27 @@ class ChatTemplate(Config):
                     f"item(s); name what it writes: chat: {{template: ..., marks: {{{modality}: TOKEN}}}}",
                 )
             found += [(*span, part) for span, part in zip(spans, items, strict=True)]
-        return sorted(found, key=lambda place: place[0])
+        return found
+
+    def _inline(self, whole: str, contents: Sequence[_Content], id: str) -> list[tuple[int, int, Media]]:
+        """From where to where the marks of the other media items stand."""
+        found = []
+        for number, part in (entry for parts in contents for entry in parts):
+            if isinstance(part, Text) or part.modality in self.marks:
+                continue
+            if whole.count(_mark(number)) != 1:
+                raise SampleError(
+                    id,
+                    f"the chat template writes an item of {part.modality} {whole.count(_mark(number))} times, expected "
+                    "once; choose a chat format by name, for example chat: chatml",
+                )
+            start = whole.index(_mark(number))
+            found.append((start, start + len(_mark(number)), part))
+        return found
+
+
+def _mark(number: int) -> str:
+    return f"\ue000{number}\ue001"
 
 
 _Content = list[tuple[int, Text | Media]]
@@ -192,7 +221,9 @@ def _cut(
 ) -> list[Segment]:
     """The rendered text in segments: fixed text, contents and media, cut where targets begin and end."""
     pieces: list[tuple[int, int, Segment]] = [
-        (mark.start(), mark.end(), Segment(text=texts[int(mark[1])])) for mark in _MARK.finditer(whole)
+        (mark.start(), mark.end(), Segment(text=texts[int(mark[1])]))
+        for mark in _MARK.finditer(whole)
+        if mark.start() not in {start for start, _, _ in media}
     ]
     pieces += [(start, stop, Segment(media=part)) for start, stop, part in media]
     segments: list[Segment] = []

@@ -165,7 +165,7 @@ def plain(module: nn.Module) -> type:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer; one that is stored in fewer bits too, but no class that computes otherwise."""
+    """Whether a module is a linear layer; also one stored in fewer bits, but no class that computes otherwise."""
     own = plain(module)
     return own is nn.Linear or (issubclass(own, nn.Linear) and hasattr(own, "dequantised"))
 

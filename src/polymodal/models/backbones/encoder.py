@@ -23,8 +23,9 @@ Tokens = Mapping[str, Tensor]
 
 
 class EncoderBackboneConfig(Config):
-    """Streams that enter by ``sequence`` stand one after another in a bidirectional transformer; those that enter by
-    ``cross_attention`` are looked at by its blocks.
+    """A bidirectional transformer over the tokens of streams that enter by ``sequence``, one stream after another.
+
+    Streams that enter by ``cross_attention`` stand beside it: its blocks look at them.
 
     Source: ViLT, arXiv 2102.03334, section 3.1 (one sequence with token types); FLAVA, arXiv 2112.04482, section 3.1
     (``cls``); ALBEF, arXiv 2107.07651, section 3.1, and BLIP, arXiv 2201.12086, section 3.1 (cross-attention); BEiT-3,
@@ -49,7 +50,9 @@ class EncoderBackboneConfig(Config):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.transformer.cross_width is not None:
-            raise ValueError("transformer.cross_width: follows from the streams that enter by cross_attention; leave it out")
+            raise ValueError(
+                "transformer.cross_width: follows from the streams that enter by cross_attention; leave it out"
+            )
         plain = {"rope_theta": None, "gated": False, "kv_heads": None, "head_dim": None, "qk_norm": False,
                  "pre_norm": True, "layer_scale": None, "relative_buckets": None, "attention_scale": None}  # fmt: skip
         wrong = [name for name, value in plain.items() if getattr(self.transformer, name) != value]
@@ -71,8 +74,15 @@ class EncoderBackboneConfig(Config):
             ConfigError: if the blocks are multiway.
         """
         if self.multiway is not None:
-            raise ConfigError("backbone.multiway: its blocks cannot look at other streams; let them enter by 'sequence'")
-        more = {"cross_width": look.width, "cross_every": look.every, "cross_gate": look.gate, "cross_qk_norm": look.qk_norm}
+            raise ConfigError(
+                "backbone.multiway: its blocks cannot look at other streams; let them enter by 'sequence'"
+            )
+        more = {
+            "cross_width": look.width,
+            "cross_every": look.every,
+            "cross_gate": look.gate,
+            "cross_qk_norm": look.qk_norm,
+        }
         return self.model_copy(update={"transformer": self.transformer.model_copy(update=more)})
 
     def build(self, streams: Collection[str]) -> EncoderBackbone:
@@ -185,7 +195,6 @@ class EncoderBackbone(nn.Module):
         expert_T = torch.tensor([multiway.names.index(multiway.experts[name]) for name in places], device=x_STW.device)
         out = self.transformer(x_STW, layout, expert_T.expand(x_STW.shape[:2]))
         return out
-
 
     def _beside(self, x_STW: Tensor, layout: Layout, memory: Memory | None) -> Tensor:
         """Rows with something to look at and rows without run apart: a row alone and beside others comes out alike.

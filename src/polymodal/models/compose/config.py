@@ -12,7 +12,7 @@ from polymodal.modalities.table import READERS
 from polymodal.models.backbones.decoder import Look
 from polymodal.models.backbones.encoder import EncoderBackboneConfig
 from polymodal.models.backbones.table import BACKBONES, MergeConfig, NoBackboneConfig
-from polymodal.models.connectors.table import CONNECTORS
+from polymodal.models.connectors.table import ARRANGEMENTS, CONNECTORS
 from polymodal.models.encoders.table import ENCODERS
 from polymodal.models.entries.fusions import FUSIONS
 from polymodal.models.entries.table import ENTRIES, CrossAttentionEntry, MergeEntry, SequenceEntry
@@ -24,6 +24,7 @@ _BACKBONE_OF = {
     "next_token": ("decoder", "transformers", "encoder_decoder"),
     "merge": ("merge",),
     "latent": ("latent",),
+    "instruction": ("decoder", "encoder_decoder"),
     "query_token": ("latent",),
     "class": ("merge", "encoder", "latent"),
     "matching": ("merge", "encoder", "latent"),
@@ -74,6 +75,9 @@ class StreamConfig(Config):
     """Preprocessing; None derives it from the encoder."""
     connector: CONNECTORS.field() | None = None  # type: ignore[valid-type]
     """None: none is needed (streams that enter nothing, features that a decoder looks at), or linear."""
+    arrange: ARRANGEMENTS.field() | None = None  # type: ignore[valid-type]
+    """How the tokens of an item's units become its sequence, for a stream that enters by ``sequence``; None: one unit
+    after another."""
     enters: ENTRIES.field() = Field(default_factory=lambda: ENTRIES.parse("none"))  # type: ignore[valid-type]
     view: str | None = None
     """Name of a sample's view that it reads (``depth``: a picture of depth); None: the modality's own. A stream with a
@@ -83,6 +87,8 @@ class StreamConfig(Config):
     neighbouring tokens pooled, until they fit. None: any number."""
     shares: str | None = None
     """Another stream whose encoder's trunk this one's is: the same weights (images and frames); None: its own."""
+    shares_tokens: bool = False
+    """With ``shares``: whether the connector and the learned token of ``arrange`` are the other stream's, too."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,7 +102,7 @@ class StreamConfig(Config):
         if data.get("reader") is None:
             data["reader"] = encoder.default_reader()
         entry = ENTRIES.parse(data.get("enters", "none"))
-        if data.get("connector") is None and entry.use not in ("none", "cross_attention", "latent"):
+        if data.get("connector") is None and entry.use not in ("none", "cross_attention", "latent", "instruction"):
             data["connector"] = CONNECTORS.parse("linear")
         return data
 
@@ -109,6 +115,11 @@ class StreamConfig(Config):
                 raise ValueError(f"{kind} {part.use!r} is for {part.modality}, the stream is {self.modality}")
         if self.tokens is not None and self.enters.use != "sequence":
             raise ValueError("'tokens' is a budget of a sequence; found a stream that does not enter by 'sequence'")
+        if self.arrange is not None and (self.enters.use != "sequence" or self.modality != self.arrange.modality):
+            raise ValueError(
+                f"arrange {self.arrange.use!r} lays out the tokens of {self.arrange.modality} in a sequence; found a "
+                f"stream of {self.modality} that enters by {self.enters.use!r}"
+            )
         if self.enters.use == "none" and self.connector is not None:
             raise ValueError(
                 "the stream enters nothing, so its connector would never run; remove it or say how it enters"
@@ -140,6 +151,10 @@ class ModelConfig(Config):
             others = [other for other in self.streams if other != name and self.streams[other].shares is None]
             if stream.shares is not None and stream.shares not in others:
                 raise ValueError(f"streams.{name}.shares: {unknown('stream', stream.shares, others)}")
+            if stream.shares_tokens and stream.shares is None:
+                raise ValueError(f"streams.{name}.shares_tokens: found no 'shares' that says whose")
+            if stream.arrange is not None and isinstance(self.backbone, EncoderBackboneConfig):
+                raise ValueError(f"streams.{name}.arrange: found the backbone 'encoder', expected one that decodes")
             if stream.view in MODALITIES:
                 raise ValueError(f"streams.{name}.view: found {stream.view!r}, expected a name that is no modality")
         if isinstance(self.backbone, MergeConfig):
@@ -153,6 +168,24 @@ class ModelConfig(Config):
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"heads: found {kinds}, expected each kind but masked_token and pooler once")
         return self
+
+    def _check_instruction(self) -> None:
+        """Who reads the instruction, and who gives it."""
+        readers = [n for n, stream in self.streams.items() if getattr(stream.connector, "words", False)]
+        givers = [n for n, stream in self.streams.items() if stream.enters.use == "instruction"]
+        if bool(readers) != bool(givers) or len(givers) > 1:
+            raise ValueError(
+                f"streams: found connectors that read words in {readers} and words in {givers}, expected one text "
+                "stream that enters by 'instruction' where a connector has words: true, and none elsewhere"
+            )
+        for giver in givers:
+            width = self.streams[giver].encoder.width
+            for name in readers:
+                if self.streams[name].connector.width != width or self.streams[giver].modality != "text":
+                    raise ValueError(
+                        f"streams.{giver}: found {self.streams[giver].modality} of width {width}, expected text of "
+                        f"width {self.streams[name].connector.width}, that of the connector of {name!r}"
+                    )
 
     def _check_latent(self) -> None:
         """What latents read has one width."""
@@ -168,7 +201,8 @@ class ModelConfig(Config):
                 self._check_backbone(f"heads.{name}, which asks latents,", "latent")
 
     def _check_watched(self) -> None:
-        """One set of cross-attending blocks serves all streams that enter so."""
+        """One set of cross-attending blocks serves all streams that enter so; one text is the instruction."""
+        self._check_instruction()
         found = {}
         for name in self.watched_streams:
             entry = self.streams[name].enters
@@ -193,6 +227,11 @@ class ModelConfig(Config):
     def watched_streams(self) -> list[str]:
         """Names of the streams that the decoder looks at by cross-attention."""
         return [name for name, stream in self.streams.items() if isinstance(stream.enters, CrossAttentionEntry)]
+
+    @property
+    def instruction_stream(self) -> str | None:
+        """Name of the text stream that connectors read."""
+        return next((name for name, stream in self.streams.items() if stream.enters.use == "instruction"), None)
 
     @property
     def latent_streams(self) -> list[str]:
@@ -235,6 +274,6 @@ class ModelConfig(Config):
         """How many tokens an item with units of these lengths becomes, in the sequence or in a memory."""
         config = self.streams[stream]
         features = [config.encoder.num_features(length) for length in lengths]
-        if config.connector is None:
-            return sum(features)
-        return sum(int(config.connector.num_tokens(count)) for count in features)
+        if config.connector is not None:
+            features = [int(config.connector.num_tokens(count)) for count in features]
+        return sum(features) if config.arrange is None else int(config.arrange.num_tokens(features, lengths))

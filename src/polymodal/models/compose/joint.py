@@ -1,14 +1,14 @@
 """The passes of an encoder backbone: joint states, hidden places, captions, and pairs that do not belong together.
 
-Shape legend: ``S`` samples, ``U`` units, ``M`` tokens of one stream, ``W`` width, ``K`` predicted places, ``L`` places of
-a unit, ``N`` mixed samples, ``P`` values of a patch.
+Shape legend: ``S`` samples, ``U`` units, ``M`` tokens of one stream, ``W`` width, ``K`` predicted places, ``L`` places
+of a unit, ``N`` mixed samples, ``P`` values of a patch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class JointRun:
             if name not in features:
                 continue
             stream, found = self.batch.streams[name], features[name]
-            connector = self.model.streams[name].connector
+            connector: Any = self.model.streams[name].connector
             pair = (found.x_UND, found.is_valid_UN)
             x_UMW, valid_UM = pair if connector is None else connector(*pair)
             tokens[name] = by_sample(x_UMW, stream, self.batch.num_samples)
@@ -90,7 +90,9 @@ class JointRun:
             raise ConfigError("encoder backbone: no sample of the batch has one of the streams that enter it")
         return tokens, is_valid
 
-    def states(self, tokens: Mapping[str, Tensor], is_valid: Mapping[str, Tensor], causal: Collection[str] = ()) -> JointStates:
+    def states(
+        self, tokens: Mapping[str, Tensor], is_valid: Mapping[str, Tensor], causal: Collection[str] = ()
+    ) -> JointStates:
         """The backbone's states of laid-out tokens."""
         watched = [name for name in self.model.config.watched_streams if name in tokens]
         memory = None
@@ -101,7 +103,9 @@ class JointRun:
         if not own:
             tokens, is_valid = self._no_tokens(next(iter(tokens.values())))
             own = list(tokens)
-        return self.backbone({n: tokens[n] for n in own}, {n: is_valid[n] for n in own}, memory, causal)
+        given, valid = {n: tokens[n] for n in own}, {n: is_valid[n] for n in own}
+        states: JointStates = self.backbone(given, valid, memory, causal)
+        return states
 
     def _no_tokens(self, like: Tensor) -> tuple[Tokens, Tokens]:
         """A sequence that holds nothing of the first stream, for batches that hold only what is looked at."""
@@ -110,7 +114,7 @@ class JointRun:
         return {name: x_S1W}, {name: torch.zeros(len(like), 1, dtype=torch.bool, device=like.device)}
 
     def alone(self, name: str) -> tuple[Tensor, Tensor]:
-        """State ``[I, W]`` of each sample that has a stream, with that stream alone in the backbone, and the samples."""
+        """State ``[I, W]`` of each sample that has a stream, that stream alone in the backbone, and the samples."""
         tokens, is_valid = self.lay_out({name: self.features[name]})
         samples_I = torch.unique(self.batch.streams[name].sample_of_item)
         pooled_SW = self.states(tokens, is_valid).pooled_SW
@@ -132,6 +136,8 @@ class JointRun:
                 outputs.match_logits = self.model.heads[name](outputs.merged).squeeze(-1)
         if mismatches is None:
             return
+        mixed: Mapping[str, Tensor]
+        valid: Mapping[str, Tensor]
         if mismatches == "hard":
             mixed, valid, samples = hard_mismatched(tokens, is_valid, outputs.embeddings, self.batch.labels)
         else:
@@ -168,9 +174,7 @@ class JointRun:
             )
         return fitting[0]
 
-    def _masked(
-        self, run: TokenPass, wanted: list[tuple[TokenPass, MaskedTokenHead]]
-    ) -> dict[TokenPass, TokenOutput]:
+    def _masked(self, run: TokenPass, wanted: list[tuple[TokenPass, MaskedTokenHead]]) -> dict[TokenPass, TokenOutput]:
         hidden = {name: self.hide(name, rate) for name, rate in run.mask if name in self.batch.streams}
         joint: JointStates | None = None
         if any(head.config.at == "backbone" for _, head in wanted) and hidden:
@@ -180,7 +184,9 @@ class JointRun:
         for needed, head in wanted:
             stream = head.config.stream
             if stream not in dict(run.mask):
-                raise ConfigError(f"head of stream {stream!r}: the pass hides {sorted(dict(run.mask))}, expected it too")
+                raise ConfigError(
+                    f"head of stream {stream!r}: the pass hides {sorted(dict(run.mask))}, expected it too"
+                )
             if stream not in hidden:
                 found[needed] = TokenOutput()
             elif head.config.at == "backbone":
@@ -242,7 +248,9 @@ class JointRun:
             found = encoder.encode_masked(stream.values, stream.lengths, is_masked_UL)
             return Hidden(found, torch.nn.functional.pad(is_masked_UL, (encoder.first_patch, 0)))
         if self.model.config.streams[name].modality != "text":
-            raise ConfigError(f"stream {name!r}: its encoder has no places that could be hidden; expected text or patches")
+            raise ConfigError(
+                f"stream {name!r}: its encoder has no places that could be hidden; expected text or patches"
+            )
         is_valid_UL = valid_mask(stream.lengths, stream.values.shape[1])
         choice = TokenChoice.of(self.model.controls.get(name, {}), self._num_ids(name))
         ids_UL, is_masked_UL = mask_tokens(stream.values, is_valid_UL, rate, choice)

@@ -55,9 +55,7 @@ class TokenChoice:
         )
 
 
-def mask_tokens(
-    ids_UL: Tensor, is_valid_UL: Tensor, rate: float, choice: TokenChoice
-) -> tuple[Tensor, Tensor]:
+def mask_tokens(ids_UL: Tensor, is_valid_UL: Tensor, rate: float, choice: TokenChoice) -> tuple[Tensor, Tensor]:
     """Hide a share of each text's tokens, at least one of them.
 
     Of the chosen places 80% become the mask token, 10% a random token, and 10% stay as they are; all are predicted.

@@ -130,7 +130,7 @@ class Merge(nn.Module):
 
 
 def by_sample(x_UM: Tensor, stream: StreamBatch, num_samples: int) -> Tensor:
-    """The units of each sample's items one after another: ``[U, M, ...]`` to ``[S, slots * M, ...]``, padded with zeros.
+    """The units of each sample's items one after another: ``[U, M, ...]`` to ``[S, slots * M, ...]``, zero-padded.
 
     Worked example: units ``a b`` of sample 0 and ``c`` of sample 2 become rows ``a b``, ``. .`` and ``c .``.
     """

@@ -7,6 +7,7 @@ Shape legend: ``U`` units, ``N`` features, ``M`` tokens, ``D`` width, ``I`` item
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +22,18 @@ from polymodal.models.backbones.latent import LatentBackbone, LatentConfig
 from polymodal.models.backbones.table import MergeConfig
 from polymodal.models.compose.config import ModelConfig, StreamConfig
 from polymodal.models.compose.joint import JointRun
-from polymodal.models.compose.whole_items import compare_pairs, read_latents, rebuild_patches
 from polymodal.models.compose.merge import Item, Merge
+from polymodal.models.compose.whole_items import compare_pairs, read_latents, rebuild_patches
+from polymodal.models.connectors.arrangements import Arrangement
 from polymodal.models.encoders.base import Features
 from polymodal.models.entries.memory import Watched, lay_out
 from polymodal.models.heads.ctc import CtcHead, join_units
-from polymodal.models.heads.table import ClassConfig, HeadInputs, ProjectionHead
 from polymodal.models.heads.prompted_pairs import PromptedPairsConfig, PromptedPairsHead
+from polymodal.models.heads.table import ClassConfig, HeadInputs, ProjectionHead
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.memory import Memory
 
+Words = tuple[Tensor, Tensor]
 PASSES = ("sequence", "embed", "merge", "match", "match_hard", "ctc", "rebuild", "pairs", "pool")
 
 
@@ -43,6 +46,9 @@ class Stream(nn.Module):
         self.connector: nn.Module | None = None
         if config.connector is not None and out_dim is not None:
             self.connector = config.connector.build(config.encoder.width, out_dim)
+        self.arrangement: nn.Module | None = None
+        if config.arrange is not None and out_dim is not None:
+            self.arrangement = config.arrange.build(out_dim)
 
 
 class MultimodalModel(nn.Module):
@@ -78,6 +84,8 @@ class MultimodalModel(nn.Module):
         for name, stream in config.streams.items():
             if stream.shares is not None:
                 _share_trunk(name, self._stream(name).encoder, stream.shares, self._stream(stream.shares).encoder)
+            if stream.shares_tokens and stream.shares is not None:
+                _share_tokens(name, self._stream(name), stream.shares, self._stream(stream.shares))
         self.backbone: nn.Module | None = None
         if isinstance(backbone, CausalConfig):
             look = config.look
@@ -165,15 +173,8 @@ class MultimodalModel(nn.Module):
             self._sequence(batch, features, outputs)
         if "embed" in wanted:
             self._embed(batch, features, outputs)
-        if self.class_stream is not None and "merge" in wanted:
-            self._classify(batch, features, outputs)
-        elif isinstance(self.backbone, LatentBackbone) and "merge" in wanted:
-            read_latents(self, batch, features, outputs)
-        elif isinstance(self.backbone, EncoderBackbone) and wanted & {"merge", "match", "match_hard"}:
-            hard = "hard" if "match_hard" in wanted else None
-            JointRun(self, batch, features).merge(outputs, hard or ("random" if "match" in wanted else None))
-        elif wanted & {"merge", "match", "match_hard"}:
-            self._merge(batch, features, outputs, with_mismatches="match" in wanted)
+        if wanted & {"merge", "match", "match_hard"}:
+            self._read_samples(batch, features, outputs, wanted)
         if "pairs" in wanted:
             compare_pairs(self, batch, features, outputs)
         if "rebuild" in wanted:
@@ -185,6 +186,20 @@ class MultimodalModel(nn.Module):
         if token_passes:
             outputs.tokens = JointRun(self, batch, features).tokens(token_passes)
         return outputs
+
+    def _read_samples(self, batch: Batch, features: dict[str, Features], outputs: Outputs, wanted: set[str]) -> None:
+        """What is read of whole samples, by the backbone that the model has."""
+        if self.class_stream is not None and "merge" in wanted:
+            self._classify(batch, features, outputs)
+        elif isinstance(self.backbone, LatentBackbone) and "merge" in wanted:
+            read_latents(self, batch, features, outputs)
+        elif isinstance(self.backbone, EncoderBackbone):
+            hard = "hard" if "match_hard" in wanted else None
+            JointRun(self, batch, features).merge(outputs, hard or ("random" if "match" in wanted else None))
+        elif "match_hard" in wanted:
+            raise ConfigError(f"hard negatives need the backbone 'encoder'; found {self.config.backbone.use!r}")
+        else:
+            self._merge(batch, features, outputs, with_mismatches="match" in wanted)
 
     def _needed(self, batch: Batch, passes: set[str]) -> Iterable[str]:
         names: set[str] = set()
@@ -220,7 +235,7 @@ class MultimodalModel(nn.Module):
             if stream is None:
                 continue
             found = (features or {}).get(name) or self.encode(name, stream)
-            media = pool_neighbours(self.connect(name, found), stream.pools)
+            media = pool_neighbours(self.connect(name, found, stream, self.words(batch, name)), stream.pools)
             if len(media) != len(stream.token_index):
                 raise ConfigError(
                     f"stream {name!r}: {len(media)} media tokens for {len(stream.token_index)} placeholders "
@@ -229,19 +244,37 @@ class MultimodalModel(nn.Module):
             flat = flat.index_copy(0, stream.token_index, media.to(flat.dtype))
         return flat.view(rows, tokens, width)
 
-    def connect(self, name: str, features: Features) -> Tensor:
-        """The valid tokens of all units of a stream, in unit order: ``[sum M, D]``."""
-        tokens_UMD, is_valid_UM = self.unit_tokens(name, features)
+    def words(self, batch: Batch, name: str) -> Words | None:
+        """The embedded instruction ``[U, L, D]`` and ``[U, L]`` of a stream's units, for a connector that reads it."""
+        instruction = self.config.instruction_stream
+        if instruction is None or not getattr(self.config.streams[name].connector, "words", False):
+            return None
+        stream, given = batch.streams[name], batch.streams[instruction]
+        found = self.encode(instruction, given)
+        counts = torch.tensor(stream.unit_counts, device=stream.sample_of_item.device)
+        rows_U = torch.searchsorted(given.sample_of_item, stream.sample_of_item.repeat_interleave(counts))
+        return found.x_UND[rows_U], found.is_valid_UN[rows_U]
+
+    def connect(self, name: str, features: Features, stream: StreamBatch, words: Words | None = None) -> Tensor:
+        """The valid tokens of all items of a stream, in item order: ``[sum M, D]``; ``words`` as :meth:`words`."""
+        tokens_UMD, is_valid_UM = self.unit_tokens(name, features, words)
+        arrangement = self._stream(name).arrangement
+        if arrangement is not None:
+            units = [x_MD[valid_M] for x_MD, valid_M in zip(tokens_UMD, is_valid_UM, strict=True)]
+            starts = list(accumulate(map(len, stream.items), initial=0))
+            parts = [arrangement(units[a:b], item) for (a, b), item in zip(pairwise(starts), stream.items, strict=True)]
+            return torch.cat(parts)
         if bool(is_valid_UM.all()):
             return torch.flatten(tokens_UMD, 0, 1)
         return torch.as_tensor(tokens_UMD[is_valid_UM])
 
-    def unit_tokens(self, name: str, features: Features) -> tuple[Tensor, Tensor]:
+    def unit_tokens(self, name: str, features: Features, words: Words | None = None) -> tuple[Tensor, Tensor]:
         """What a stream gives per unit ``[U, M, D]`` and ``[U, M]``: its connector's tokens, or its features."""
         connector = self._stream(name).connector
         if connector is None:
             return features.x_UND, features.is_valid_UN
-        tokens_UMD, is_valid_UM = connector(features.x_UND, features.is_valid_UN)
+        read = {} if words is None else {"words": words}
+        tokens_UMD, is_valid_UM = connector(features.x_UND, features.is_valid_UN, **read)
         return tokens_UMD, is_valid_UM
 
     def memory(self, batch: Batch, features: dict[str, Features] | None = None) -> Memory | None:
@@ -429,6 +462,26 @@ def _share_trunk(name: str, encoder: nn.Module, shared: str, other: nn.Module) -
             "the same sizes"
         )
     encoder.trunk = theirs
+
+
+def _share_tokens(name: str, stream: Stream, shared: str, other: Stream) -> None:
+    """Make the connector of one stream, and what its arrangement has learned, those of another.
+
+    Raises:
+        ConfigError: if one of them has no connector, or they differ.
+    """
+    shapes = [
+        None if part is None else {key: x.shape for key, x in part.state_dict().items()}
+        for part in (stream.connector, other.connector)
+    ]
+    if shapes[0] is None or shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"streams.{name}.shares_tokens: the connectors of {name!r} and {shared!r} differ, or one has none; give both "
+            "the same"
+        )
+    stream.connector = other.connector
+    if isinstance(stream.arrangement, Arrangement) and isinstance(other.arrangement, Arrangement):
+        stream.arrangement.newline = other.arrangement.newline
 
 
 def _tokens_width(config: ModelConfig, stream: str, entered: int | None) -> int | None:

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from polymodal.models.connectors.base import Connector, ConnectorConfig, fixed_tokens
 from polymodal.models.connectors.projections import MLPStack
-from polymodal.models.layers import Layout, Memory, Transformer, TransformerConfig
+from polymodal.models.layers import MLP, Activation, Block, Layout, Memory, Transformer, TransformerConfig, initialise
 
 
 class QFormerConfig(ConnectorConfig):
     """Learned queries that attend to each other and, in every n-th block, to the features.
 
-    Source: BLIP-2, arXiv 2301.12597, section 3.1: BERT's blocks (norms after the residual sums), queries only (its text
-    path and text objectives are not part of the connector).
+    Source: BLIP-2, arXiv 2301.12597, section 3.1: BERT's blocks (norms after the residual sums); with ``words``,
+    InstructBLIP, arXiv 2305.06500, section 2.3.
     """
 
     use: Literal["qformer"] = "qformer"
@@ -28,8 +28,12 @@ class QFormerConfig(ConnectorConfig):
     heads: int = Field(default=4, ge=1)
     mlp_dim: int | None = Field(default=None, ge=1)
     """Hidden width of the MLPs; None: 4 x width."""
+    activation: Activation = "gelu"
     cross_every: int = Field(default=2, ge=1)
     """Blocks 0, n, 2n, ... attend to the features."""
+    words: bool = False
+    """Whether the words of the instruction stand beside the queries: each attends to all, words have MLPs of their own
+    and do not see the features. They come from the stream that enters by ``instruction``."""
     norm_eps: float = Field(default=1e-12, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
@@ -41,6 +45,7 @@ class QFormerConfig(ConnectorConfig):
                 "depth": self.depth,
                 "heads": self.heads,
                 "mlp_dim": self.mlp_dim,
+                "activation": self.activation,
                 "norm_eps": self.norm_eps,
                 "dropout": self.dropout,
                 "pre_norm": False,
@@ -73,13 +78,60 @@ class QFormer(Connector):
         self.query_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.transformer = Transformer(config.stack(in_dim))
         self.out = MLPStack(config.width, out_dim, 1)
+        self.word_paths: nn.ModuleList | None = None
+        if config.words:
+            self.word_paths = nn.ModuleList(WordPath(config) for _ in range(config.depth))
 
-    def forward(self, x_UND: Tensor, is_valid_UN: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Connector.forward`."""
-        return fixed_tokens(self.out(self.states(x_UND, is_valid_UN)), is_valid_UN)
+    def forward(
+        self, x_UND: Tensor, is_valid_UN: Tensor, words: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See :meth:`Connector.forward`; ``words``: embedded words ``[U, L, width]`` and which are valid ``[U, L]``."""
+        return fixed_tokens(self.out(self.states(x_UND, is_valid_UN, words)), is_valid_UN)
 
-    def states(self, x_UND: Tensor, is_valid_UN: Tensor) -> Tensor:
+    def states(self, x_UND: Tensor, is_valid_UN: Tensor, words: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """States ``[U, M, width]`` of the queries before the last map."""
         queries_UMD = self.query_norm(self.queries).expand(len(x_UND), -1, -1)
-        states: Tensor = self.transformer(queries_UMD, Layout(causal=False), memory=Memory(x_UND, is_valid_UN))
+        memory = Memory(x_UND, is_valid_UN)
+        if words is not None:
+            return self._beside_words(queries_UMD, self.query_norm(words[0]), words[1], memory)
+        states: Tensor = self.transformer(queries_UMD, Layout(causal=False), memory=memory)
         return states
+
+    def _beside_words(self, queries_UMD: Tensor, words_ULD: Tensor, is_word_UL: Tensor, memory: Memory) -> Tensor:
+        """The stack over queries and words, block by block, since the two part ways within each."""
+        assert self.word_paths is not None
+        count = queries_UMD.shape[1]
+        is_valid_UT = torch.cat((is_word_UL.new_ones(queries_UMD.shape[:2]), is_word_UL), dim=1)
+        x_UTD = torch.cat((queries_UMD, words_ULD.to(queries_UMD.dtype)), dim=1)
+        step = self.transformer.step(x_UTD, Layout.padded(is_valid_UT, causal=False))
+        for layer, (block, path) in enumerate(zip(self.transformer.blocks, self.word_paths, strict=True)):
+            assert isinstance(block, Block)
+            x_UTD = block.attention_norm(x_UTD + block.dropout(block.attention(x_UTD, step, layer)))
+            queries_UMD, words_ULD = x_UTD[:, :count], x_UTD[:, count:]
+            if block.cross_attention is not None and block.cross_norm is not None:
+                seen = block.cross_attention.cross(queries_UMD, memory, Layout(causal=False))
+                queries_UMD = block.cross_norm(queries_UMD + block.dropout(seen))
+            queries_UMD = block.mlp_norm(queries_UMD + block.dropout(block.mlp(queries_UMD)))
+            x_UTD = torch.cat((queries_UMD, path(words_ULD)), dim=1)
+        return x_UTD[:, :count]
+
+
+class WordPath(nn.Module):
+    """What words pass in a block in place of the queries' MLP.
+
+    Args:
+        config: of the connector.
+    """
+
+    def __init__(self, config: QFormerConfig) -> None:
+        super().__init__()
+        hidden = config.mlp_dim or 4 * config.width
+        self.mlp = MLP(config.width, hidden, config.activation, gated=False, bias=True)
+        self.mlp_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        initialise(self, config.depth)
+
+    def forward(self, x_ULD: Tensor) -> Tensor:
+        """The MLP, the residual sum and its norm."""
+        out: Tensor = self.mlp_norm(x_ULD + self.dropout(self.mlp(x_ULD)))
+        return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from polymodal.core.config import Table
+from polymodal.models.connectors.arrangements import ArrangementConfig, PooledFramesConfig, TileRowsConfig
 from polymodal.models.connectors.base import ConnectorConfig
 from polymodal.models.connectors.identity import IdentityConfig
 from polymodal.models.connectors.perceiver import PerceiverConfig
@@ -26,3 +27,6 @@ CONNECTORS: Table[ConnectorConfig] = Table(
     ],
 )
 """Every connector config by name."""
+
+ARRANGEMENTS: Table[ArrangementConfig] = Table("arrangement", [TileRowsConfig, PooledFramesConfig])
+"""Every arrangement config by name."""

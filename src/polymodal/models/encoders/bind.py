@@ -213,7 +213,8 @@ class BindVideo(Encoder):
         place_UL = torch.minimum(place_L, lengths_U[:, None] - 1)
         clips = values[torch.arange(num_units, device=values.device)[:, None], place_UL]
         is_valid_UC = valid_mask((lengths_U + frames - 1) // frames, num_clips)
-        x_BND, pooled_BD = self.trunk(clips.unflatten(1, (num_clips, frames))[is_valid_UC])
+        clips = torch.unflatten(clips, 1, (num_clips, frames))
+        x_BND, pooled_BD = self.trunk(clips[is_valid_UC])
         x_UCND = x_BND.new_zeros(num_units, num_clips, *x_BND.shape[1:])
         x_UCND[is_valid_UC] = x_BND
         pooled_UCD = pooled_BD.new_zeros(num_units, num_clips, pooled_BD.shape[1])
@@ -366,7 +367,7 @@ class BindSensor(Encoder):
         values = values * valid_mask(lengths_U, values.shape[1])[..., None]
         values = F.pad(values, (0, 0, 0, num * patch - values.shape[1]))
         # Channel by channel within a run, as the published weights have it.
-        x_UND = self.patch_proj(values.unflatten(1, (num, patch)).transpose(2, 3).flatten(2))
+        x_UND = self.patch_proj(torch.unflatten(values, 1, (num, patch)).transpose(2, 3).flatten(2))
         is_valid_UN = valid_mask((lengths_U + patch - 1) // patch, num)
         x_UND, pooled_UD = self.trunk(x_UND, is_valid_UN)
         return finish(x_UND, is_valid_UN, pooled_UD)

@@ -73,7 +73,7 @@ class CnnTemporalConfig(EncoderConfig):
 class TemporalMix(nn.Module):
     """``x + gain * relu(norm(conv over frames t-1, t, t+1)))`` at each place; frames outside the video count as zeros.
 
-    The gain starts at zero: at first every frame is seen as an image, so that the weights of an image network of the
+    The gain starts near zero: at first every frame is seen almost as an image, so that the weights of an image network of the
     same widths are a good start (inflation, arXiv 1705.07750, section 2.3).
 
     Args:
@@ -84,7 +84,7 @@ class TemporalMix(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3 * channels, channels, 1, bias=False)
         self.norm = group_norm(channels)
-        self.gain_C = nn.Parameter(torch.zeros(channels))
+        self.gain_C = nn.Parameter(torch.full((channels,), 1e-3))
 
     def forward(self, x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
         """Same shape; padding frames are zero before and after."""

@@ -5,6 +5,7 @@ Legend: ``U`` pictures, ``N`` places, ``D`` codes, ``S`` side in pixels.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -28,11 +29,11 @@ class DvaeConfig(EncoderConfig):
     modality: ClassVar[str] = "image"
     width: int = Field(default=64, ge=4)
     """Number of codes (8192 in the published one)."""
-    base: int = Field(default=8, ge=4)
+    base: int = Field(default=32, ge=4)
     """Channels of the first group (256 in the published one); each further one has twice as many."""
     blocks: int = Field(default=2, ge=1)
     """Blocks of each group."""
-    image_size: int = Field(default=64, ge=8)
+    image_size: int = Field(default=32, ge=8)
     """Side of the square picture in pixels."""
 
     @model_validator(mode="after")
@@ -97,10 +98,8 @@ class Dvae(Encoder):
         widths = [config.base * scale for scale in (1, 1, 2, 4, 8)]
         self.stem = nn.Conv2d(3, config.base, 7, padding=3)
         self.groups = nn.ModuleList(
-            nn.ModuleList(
-                DvaeBlock(inner if place == 0 else outer, outer, gain) for place in range(config.blocks)
-            )
-            for inner, outer in zip(widths[:-1], widths[1:], strict=True)
+            nn.ModuleList(DvaeBlock(inner if place == 0 else outer, outer, gain) for place in range(config.blocks))
+            for inner, outer in pairwise(widths)
         )
         self.pool = nn.MaxPool2d(2)
         self.out = nn.Conv2d(widths[-1], config.width, 1)

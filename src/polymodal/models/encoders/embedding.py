@@ -1,4 +1,7 @@
-"""Token ids embedded and no more: what a joint encoder reads of a text. Legend: ``U`` texts, ``L`` tokens, ``D`` width."""
+"""Token ids embedded and no more: what a joint encoder reads of a text.
+
+Legend: ``U`` texts, ``L`` tokens, ``D`` width.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class HtsatConfig(EncoderConfig):
 
     def stage_width(self, stage: int) -> int:
         """Width of one stage."""
-        return self.width // 2 ** (len(self.depths) - 1 - stage)
+        return int(self.width // 2 ** (len(self.depths) - 1 - stage))
 
     @property
     def folds(self) -> int:
@@ -81,7 +81,7 @@ class HtsatConfig(EncoderConfig):
     @property
     def last_grid(self) -> int:
         """Side of the last stage's grid."""
-        return self.image_size // self.patch_size // 2 ** (len(self.depths) - 1)
+        return int(self.image_size // self.patch_size // 2 ** (len(self.depths) - 1))
 
     @property
     def max_frames(self) -> int:
@@ -145,7 +145,8 @@ class Fusion(nn.Module):
         """Mix two maps of the same shape."""
         both = x_UDRC + y_UDRC
         gate = (self.local(both) + self.whole(both)).sigmoid()
-        return 2 * x_UDRC * gate + 2 * y_UDRC * (1 - gate)
+        mixed: Tensor = 2 * x_UDRC * gate + 2 * y_UDRC * (1 - gate)
+        return mixed
 
 
 class PatchEmbedding(nn.Module):
@@ -253,8 +254,7 @@ class Htsat(Encoder):
             _stretched(unit.transpose(0, 1)[None], config.max_frames) for unit in frames_KVM.split(lengths_U.tolist())
         ]
         x_UVLM = torch.cat(units)
-        folded = x_UVLM.unflatten(2, (config.folds, -1)).transpose(3, 4)
-        return folded.flatten(2, 3)
+        return torch.unflatten(x_UVLM, 2, (config.folds, -1)).transpose(3, 4).flatten(2, 3)
 
 
 def _stretched(x_1VLM: Tensor, length: int) -> Tensor:

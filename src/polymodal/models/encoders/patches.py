@@ -109,9 +109,7 @@ class Patches(PatchMasking):
         low, high = low_UL2.long(), (low_UL2.long() + 1).clamp(max=side - 1)
         (y, x), (dy, dx) = share_UL2.unbind(-1), (1 - share_UL2).unbind(-1)
         corners = ((low, low, dy, dx), (low, high, dy, x), (high, low, y, dx), (high, high, y, x))
-        return torch.stack(
-            [table[i[..., 0] * side + j[..., 1]] * (a * b)[..., None] for i, j, a, b in corners]
-        ).sum(0)
+        return torch.stack([table[i[..., 0] * side + j[..., 1]] * (a * b)[..., None] for i, j, a, b in corners]).sum(0)
 
     def grids(self, values: Tensor, lengths_U: Tensor) -> list[tuple[int, int]]:
         """See :class:`PatchMasking`; the first patch of each row stands at column 0."""

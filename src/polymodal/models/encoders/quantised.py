@@ -68,7 +68,7 @@ class QuantisedConfig(EncoderConfig):
 
     def num_features(self, length: int) -> int:
         """As many as the frozen encoder gives."""
-        return self.frozen.num_features(length)
+        return int(self.frozen.num_features(length))
 
     def default_reader(self) -> ReaderConfig:
         """That of the frozen encoder."""
@@ -102,7 +102,8 @@ class Quantised(PatchMasking):
         x_UNC = self.base(values, lengths_U).x_UND
         # The squared norm of a feature is the same for all centres, and left out.
         scores_UNK = 2 * x_UNC @ self.centres_KC.T - self.centres_KC.square().sum(1)
-        return scores_UNK.argmax(-1)
+        codes_UN: Tensor = scores_UNK.argmax(-1)
+        return codes_UN
 
     @torch.no_grad()
     def fit(self, x_NC: Tensor, seed: int = 0) -> None:

@@ -30,6 +30,7 @@ from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.encoders.transformers_encoder import TransformersEncoderConfig
 from polymodal.models.encoders.tubelet import TubeletConfig
 from polymodal.models.encoders.vit import VitConfig
+from polymodal.models.encoders.vit_frames import VitFramesConfig
 from polymodal.models.encoders.wav2vec2 import Wav2Vec2Config
 from polymodal.models.encoders.whisper_pooled import WhisperPooledConfig
 from polymodal.models.encoders.whisper import WhisperConfig
@@ -54,6 +55,7 @@ ENCODERS: Table[EncoderConfig] = Table(
         BindSensorConfig,
         WhisperConfig,
         FrameTemporalConfig,
+        VitFramesConfig,
         TubeletConfig,
         CnnTemporalConfig,
         PointGroupsConfig,

@@ -84,11 +84,22 @@ class LatentEntry(EntryConfig):
     """Whether a learned vector that says which stream a token is of is added to it; one stream alone needs none."""
 
 
+class InstructionEntry(EntryConfig):
+    """The words of the last user turn, which connectors of other streams read (InstructBLIP).
+
+    For text streams with the encoder ``embedding`` and connectors with ``words: true``.
+    """
+
+    use: Literal["instruction"] = "instruction"
+
+
 class NoEntry(EntryConfig):
     """The stream meets others only in an objective (CLIP, ImageBind)."""
 
     use: Literal["none"] = "none"
 
 
-ENTRIES: Table[EntryConfig] = Table("entry", [SequenceEntry, CrossAttentionEntry, MergeEntry, LatentEntry, NoEntry])
+ENTRIES: Table[EntryConfig] = Table(
+    "entry", [SequenceEntry, CrossAttentionEntry, MergeEntry, LatentEntry, InstructionEntry, NoEntry]
+)
 """Every way to enter, by name."""

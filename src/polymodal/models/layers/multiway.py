@@ -1,6 +1,6 @@
 """A transformer whose tokens are routed: attention for all, norms and MLPs by modality.
 
-Legend: ``B`` rows, ``T`` tokens, ``N`` tokens of all rows, ``D`` width, ``F`` hidden width, ``H`` heads, ``K`` head width.
+Legend: ``B`` rows, ``T`` tokens, ``N`` tokens of all rows, ``D`` width, ``F`` hidden width.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from polymodal.models.layers.transformer import TransformerConfig, initialise
 class MultiwayConfig(Config):
     """Which tokens go to which expert.
 
-    Source: BEiT-3, arXiv 2208.10442, section 2.1 (attention shared; a vision, a language and, in the top layers, a joint
-    expert). The published code (``torchscale``) also routes the projections of the attention, norms its inner states
-    (Magneto, arXiv 2210.06423) and has no joint experts: ``routed_attention``, ``sub_norm``, ``joint_layers: 0``.
+    Source: BEiT-3, arXiv 2208.10442, section 2.1 (attention shared; a vision, a language and, in the top layers, a
+    joint expert). The published code (``torchscale``) also routes the projections of the attention, norms its inner
+    states (Magneto, arXiv 2210.06423) and has no joint experts:
+    ``routed_attention``, ``sub_norm``, ``joint_layers: 0``.
     """
 
     experts: dict[str, str]
@@ -94,7 +95,7 @@ class Routed(nn.Module):
         # An expert without tokens does not run: its gradient stays absent, and the optimizer leaves it alone.
         done = [expert(part) for expert, part in zip(experts, parts, strict=True) if len(part)]
         out = torch.cat(done).index_select(0, routing.inverse_N)
-        return out.unflatten(0, x_BTD.shape[:2])
+        return out.view(*x_BTD.shape[:2], -1)
 
 
 class FeedForward(nn.Module):

@@ -19,7 +19,7 @@ from polymodal.models.presets.bert_blocks import POST_NORM_PARTS
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import text_reader
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
-from polymodal.models.presets.rows import Temperature
+from polymodal.models.presets.rows import Temperature, word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule, Slice
 
 _DEFAULTS: dict[str, Any] = {
@@ -114,7 +114,11 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
     trunk, words, bert = "streams.image.encoder.trunk.", "streams.text.encoder.", "text_encoder.bert."
     width, layers = image.width, bert + "encoder.layer"
     fused = [
-        Rule(f"{trunk}transformer.blocks.{{i}}.attention.{part}.{{p}}", f"visual_encoder.blocks.{{i}}.attn.qkv.{{p}}", Slice(n, 3))
+        Rule(
+            f"{trunk}transformer.blocks.{{i}}.attention.{part}.{{p}}",
+            "visual_encoder.blocks.{i}.attn.qkv.{p}",
+            Slice(n, 3),
+        )
         for n, part in enumerate(("q_proj", "k_proj", "v_proj"))
     ]
     joint = [
@@ -154,7 +158,6 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
 def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     """``config.json`` and ``preprocessor_config.json``."""
     image, text = _parts(model)
-    own_rows = model.streams["text"].reader.tokenizer is None
     config = {
         "model_type": "albef",
         "image_size": image.image_size,
@@ -166,9 +169,9 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "text_layers": text.depth,
         "joint_layers": model.backbone.transformer.depth,
         "text_heads": text.heads,
-        "vocab_size": vocabulary.size if own_rows else text.vocab_size,
+        "vocab_size": word_rows(model, vocabulary),
         "max_position_embeddings": text.max_tokens,
-        "max_tokens": model.streams["text"].reader.max_tokens,
+        "max_tokens": getattr(model.streams["text"].reader, "max_tokens", _DEFAULTS["max_tokens"]),
         "embed_dim": model.heads["space"].dim,
     }
     processor = image_preprocessor(model.streams["image"].reader, "BlipImageProcessor")

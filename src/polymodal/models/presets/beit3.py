@@ -18,7 +18,7 @@ from polymodal.models.encoders.patches import PatchesConfig
 from polymodal.models.heads.table import ProjectionConfig
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary
 from polymodal.models.presets.clip import from_log_scale, text_reader
-from polymodal.models.presets.rows import After
+from polymodal.models.presets.rows import After, word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
 _DEFAULTS: dict[str, Any] = {
@@ -100,7 +100,11 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
     pixels, words, stack = "streams.image.encoder.", "streams.text.encoder.", "backbone.transformer."
     hub = "beit3.encoder."
     rules = [
-        Rule(pixels + "patch_embed.weight", "beit3.vision_embed.proj.weight", Reshape((width, -1), (width, 3, patch, patch))),
+        Rule(
+            pixels + "patch_embed.weight",
+            "beit3.vision_embed.proj.weight",
+            Reshape((width, -1), (width, 3, patch, patch)),
+        ),
         Rule(pixels + "patch_embed.bias", "beit3.vision_embed.proj.bias"),
         Rule(pixels + "cls_token", "beit3.vision_embed.cls_token", Reshape((-1,), (1, 1, -1))),
         Rule(pixels + "mask_token", "beit3.vision_embed.mask_token", Reshape((-1,), (1, 1, -1))),
@@ -121,7 +125,10 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
             "sub_norm": "self_attn.inner_attn_ln",
             "mlp_norm": "final_layer_norm",
         }
-        rules += [Rule(f"{block}{ours}.experts.{expert}.{{p}}", f"{layer}{theirs}.{letter}.{{p}}") for ours, theirs in own.items()]
+        rules += [
+            Rule(f"{block}{ours}.experts.{expert}.{{p}}", f"{layer}{theirs}.{letter}.{{p}}")
+            for ours, theirs in own.items()
+        ]
         mlp = {"up_proj": "fc1", "sub_norm": "ffn_layernorm", "down_proj": "fc2"}
         rules += [
             Rule(f"{block}mlp.experts.{expert}.{ours}.{{p}}", f"{layer}ffn.{letter}.{theirs}.{{p}}")
@@ -137,7 +144,6 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     image, text = _parts(model)
     stack, multiway = model.backbone.transformer, model.backbone.multiway
     task = {(): "encoder", ("space",): "retrieval", ("pixels", "words"): "pretraining"}[tuple(sorted(model.heads))]
-    own_rows = model.streams["text"].reader.tokenizer is None
     config = {
         "model_type": "beit3",
         "image_size": image.grid * image.patch_size,
@@ -146,7 +152,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "num_hidden_layers": stack.depth,
         "num_attention_heads": stack.heads,
         "mlp_ratio": (stack.mlp_dim or 4 * stack.width) / stack.width,
-        "vocab_size": vocabulary.size if own_rows else text.vocab_size,
+        "vocab_size": word_rows(model, vocabulary),
         "max_source_positions": text.max_tokens + _UNREAD,
         "layer_norm_eps": stack.norm_eps,
         "routed_attention": multiway.routed_attention,
@@ -167,8 +173,8 @@ def _parts(model: ModelConfig) -> tuple[PatchesConfig, EmbeddingConfig]:
     known = heads in ((), ("space",), ("pixels", "words")) and spaces
     if not (fits and known and isinstance(image, PatchesConfig) and isinstance(text, EmbeddingConfig)):
         raise ConfigError(
-            "beit3: found a model of other parts, expected an image stream with the encoder 'patches' and a text stream "
-            "with 'embedding' in a multiway backbone 'encoder', and the heads of encoder, retrieval or pretraining"
+            "beit3: found a model of other parts, expected an image stream with the encoder 'patches', a text "
+            "stream with 'embedding' in a multiway backbone 'encoder', and the heads of one of its tasks"
         )
     return image, text
 

@@ -20,6 +20,7 @@ from polymodal.models.presets.bert_blocks import POST_NORM_PARTS
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import part_config, text_reader
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
+from polymodal.models.presets.rows import word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule, Slice
 
 _TEXT: dict[str, Any] = {
@@ -152,12 +153,11 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     """``config.json`` and ``preprocessor_config.json``."""
     image, text = _parts(model)
     stack = model.backbone.transformer
-    own_rows = model.streams["text"].reader.tokenizer is None
     text_config = {
         "model_type": "blip_text_model",
         **_config(stack),
         "encoder_hidden_size": image.width,
-        "vocab_size": vocabulary.size if own_rows else text.vocab_size,
+        "vocab_size": word_rows(model, vocabulary),
         "max_position_embeddings": text.max_tokens,
         "is_decoder": True,
     }
@@ -195,7 +195,12 @@ def _parts(model: ModelConfig) -> tuple[VitConfig, EmbeddingConfig]:
     image, text = encoders.get("image"), encoders.get("text")
     heads = sorted(head.use for head in model.heads.values())
     fits = isinstance(model.backbone, EncoderBackboneConfig) and len(encoders) == 2
-    if not (fits and isinstance(image, VitConfig) and isinstance(text, EmbeddingConfig) and heads == ["matching", "projection"]):
+    if not (
+        fits
+        and isinstance(image, VitConfig)
+        and isinstance(text, EmbeddingConfig)
+        and heads == ["matching", "projection"]
+    ):
         raise ConfigError(
             "blip retrieval: found a model of other parts, expected an image stream with the encoder 'vit' that the "
             "backbone 'encoder' looks at, a text stream with 'embedding', and the heads 'projection' and 'matching'"

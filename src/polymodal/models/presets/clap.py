@@ -240,7 +240,9 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "audio_config": _audio_config(audio),
         "text_config": _text_config(text),
     }
-    return {"config.json": config, "preprocessor_config.json": _preprocessor(model.streams["audio"].reader)}
+    reader = model.streams["audio"].reader
+    assert isinstance(reader, AudioReaderConfig)
+    return {"config.json": config, "preprocessor_config.json": _preprocessor(reader)}
 
 
 def _audio_config(encoder: Any) -> dict[str, Any]:

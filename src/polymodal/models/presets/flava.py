@@ -18,6 +18,7 @@ from polymodal.models.presets.architecture import Architecture, Size, Vocabulary
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import from_log_scale, part_config, text_reader
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
+from polymodal.models.presets.rows import word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
 _STACK: dict[str, Any] = {
@@ -124,7 +125,8 @@ def _codec(given: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]
     require(config, "flava", num_groups=4, input_channels=3)
     if config["vocab_size"] != image["vocab_size"]:
         raise ConfigError(
-            f"flava: found {config['vocab_size']} codes and image heads for {image['vocab_size']}, expected equal numbers"
+            f"flava: found {config['vocab_size']} codes and image heads for {image['vocab_size']}, "
+            "expected equal numbers"
         )
     side = 8 * (image["image_size"] // image["patch_size"])
     encoder = {
@@ -224,7 +226,6 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     """``config.json`` and ``preprocessor_config.json``."""
     image, text = _parts(model)
     space = next(head for head in model.heads.values() if isinstance(head, ProjectionConfig))
-    own_rows = model.streams["text"].reader.tokenizer is None
     image_config = {
         "model_type": "flava_image_model",
         **_config(image),
@@ -235,7 +236,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     text_config = {
         "model_type": "flava_text_model",
         **_config(text),
-        "vocab_size": vocabulary.size if own_rows else text.vocab_size,
+        "vocab_size": word_rows(model, vocabulary),
         "type_vocab_size": text.segments,
         "max_position_embeddings": text.max_tokens,
     }
@@ -278,10 +279,12 @@ def _parts(model: ModelConfig) -> tuple[VitConfig, TextTransformerConfig]:
     image, text = encoders.get("image"), encoders.get("text")
     fits = isinstance(model.backbone, EncoderBackboneConfig) and set(encoders) <= {"image", "text", "codebook"}
     heads = {"space", *_POOLERS} | ({*_TOKEN_HEADS, "match"} if "codebook" in encoders else set())
-    if not (fits and isinstance(image, VitConfig) and isinstance(text, TextTransformerConfig) and heads == set(model.heads)):
+    if not (
+        fits and isinstance(image, VitConfig) and isinstance(text, TextTransformerConfig) and heads == set(model.heads)
+    ):
         raise ConfigError(
-            "flava: found a model of other parts, expected an image stream with the encoder 'vit' and a text stream with "
-            f"'text_transformer' in the backbone 'encoder', and the heads {sorted(heads)}"
+            "flava: found a model of other parts, expected an image stream with the encoder 'vit' and a text stream "
+            f"with 'text_transformer' in the backbone 'encoder', and the heads {sorted(heads)}"
         )
     return image, text
 

@@ -121,7 +121,7 @@ def tokenizer_of(configs: HubConfigs, rows: int, media: str | None = None) -> di
 
 def chat_of(configs: HubConfigs) -> str | dict[str, Any]:
     """The checkpoint's own chat template, or ``none`` for one that was not trained to chat."""
-    named = {**_json(configs.folder, "special_tokens_map.json"), **configs.tokenizer}
+    named = {**read_json(configs.folder, "special_tokens_map.json"), **configs.tokenizer}
     tokens = {
         key: name
         for key in ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -149,10 +149,15 @@ def _template_file(folder: Path | None) -> str | None:
             return (folder / "chat_template.jinja").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{folder}/chat_template.jinja: cannot be read: {error}") from None
-    return _content(_json(folder, "chat_template.json").get("chat_template"))
+    return _content(read_json(folder, "chat_template.json").get("chat_template"))
 
 
-def _json(folder: Path | None, name: str) -> dict[str, Any]:
+def read_json(folder: Path | None, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint's folder; {} where there is none.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
     if folder is None or not (folder / name).is_file():
         return {}
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from polymodal.core.errors import ConfigError
@@ -14,7 +14,7 @@ from polymodal.models.presets import clip, siglip
 from polymodal.models.presets.activations import activation, hub_activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
-from polymodal.models.presets.language import chat_of, stop_ids, tokenizer_of
+from polymodal.models.presets.language import Language, chat_of, stop_ids, tokenizer_of
 from polymodal.models.presets.language_table import LANGUAGES, find_language
 from polymodal.models.presets.llama import LLAMA
 from polymodal.models.presets.towers import vision_names
@@ -26,12 +26,23 @@ _IMAGE_TOKEN = "<image>"
 
 def to_model(configs: HubConfigs) -> dict[str, Any]:
     """An image stream among the text of a decoder."""
+    return model_of(configs, lambda size_px, kind: {"reader": image_reader(configs.preprocessor, size_px, kind)})
+
+
+def model_of(configs: HubConfigs, stream: Callable[[int, str], Mapping[str, Any]]) -> dict[str, Any]:
+    """The model of a checkpoint in LLaVA's form.
+
+    Args:
+        configs: of the checkpoint.
+        stream: side of the tower's image and the processor of its kind -> what its image stream has beside encoder,
+            connector and entry: a reader, and how its tokens are arranged.
+    """
     config = configs.config
     vision = dict(config.get("vision_config") or {})
     kind = vision.get("model_type", "clip_vision_model")
     encoder = vision_encoder(config, vision, kind)
     text = dict(config.get("text_config") or {})
-    language = find_language(text.get("model_type", "llama"), "llava: text_config")
+    language = find_language(text.get("model_type", "llama"), f"{configs.model_type}: text_config")
     image_token = configs.processor.get("image_token") or configs.tokenizer.get("image_token") or _IMAGE_TOKEN
     chat = chat_of(configs)
     return {
@@ -39,7 +50,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
             "image": {
                 "modality": "image",
                 "encoder": encoder,
-                "reader": image_reader(configs.preprocessor, encoder["image_size"], _PROCESSORS[kind]),
+                **stream(encoder["image_size"], _PROCESSORS[kind]),
                 "connector": {
                     "use": "mlp",
                     "depth": 2,
@@ -124,7 +135,7 @@ def unused_of(encoder: VitConfig, tower: str) -> tuple[str, ...]:
     )
 
 
-def language_of(backbone: Any) -> Any:
+def language_of(backbone: Any) -> Language:
     """The first family whose config says everything about a decoder.
 
     Raises:
@@ -137,25 +148,60 @@ def language_of(backbone: Any) -> Any:
             again = language.backbone(language.config(backbone, 1))
         except (ConfigError, KeyError, TypeError):
             continue
-        stack = DecoderConfig.parse({**again, "chat": "none"}).transformer
-        if stack.resolved() == backbone.transformer.resolved():
+        found = DecoderConfig.parse({**again, "chat": "none"})
+        if found.transformer.resolved() == backbone.transformer.resolved() and _around(found) == _around(backbone):
             return language
     raise ConfigError("found a decoder that no published family of language models describes")
 
 
+def _around(backbone: DecoderConfig) -> tuple[Any, ...]:
+    """What stands around the stack."""
+    return backbone.positions, backbone.position_offset, backbone.embed_width
+
+
 def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     """``config.json``, ``preprocessor_config.json``, ``processor_config.json`` and ``generation_config.json``."""
-    streams, heads = model.streams, list(model.heads.values())
-    if list(streams) != ["image"] or [head.use for head in heads] != ["next_token"]:
+    if list(model.streams) != ["image"] or model.streams["image"].arrange is not None:
         raise ConfigError(
-            f"llava: found the streams {sorted(streams)} and the heads {[head.use for head in heads]}, expected an "
-            "image stream and a next_token head"
+            f"llava: found the streams {sorted(model.streams)}, expected an image stream that arranges nothing"
         )
-    encoder, connector, reader = streams["image"].encoder, streams["image"].connector, streams["image"].reader
+    kind = processor_kind(model)
+    config, special, processor = hub_config(model, vocabulary, "llava")
+    return {
+        "config.json": config,
+        "preprocessor_config.json": image_preprocessor(model.streams["image"].reader, kind),
+        "processor_config.json": {"processor_class": "LlavaProcessor", **processor},
+        "generation_config.json": special,
+    }
+
+
+def processor_kind(model: ModelConfig) -> str:
+    """The image processor of the vision tower's kind."""
+    is_clip = getattr(model.streams["image"].encoder, "embed_norm", False)
+    return _PROCESSORS["clip_vision_model" if is_clip else "siglip_vision_model"]
+
+
+def hub_config(
+    model: ModelConfig, vocabulary: Vocabulary, kind: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """``config.json``, the special tokens, and the part of ``processor_config.json`` of a model in LLaVA's form.
+
+    Args:
+        model: with an image stream.
+        vocabulary: of its tokenizer.
+        kind: ``model_type``: llava, llava_next, llava_onevision.
+
+    Raises:
+        ConfigError: if the model has another form.
+    """
+    streams, heads = model.streams, list(model.heads.values())
+    if [head.use for head in heads] != ["next_token"]:
+        raise ConfigError(f"{kind}: found the heads {[head.use for head in heads]}, expected a next_token head")
+    encoder, connector = streams["image"].encoder, streams["image"].connector
     if not isinstance(encoder, VitConfig) or not isinstance(connector, MLPConfig) or connector.depth != 2:
         raise ConfigError(
-            f"llava: found the encoder {encoder.use!r} and the connector {getattr(connector, 'use', None)!r}, expected "
-            "'vit' and 'mlp' of depth 2"
+            f"{kind}: found the encoder {encoder.use!r} and the connector {getattr(connector, 'use', None)!r}, "
+            "expected 'vit' and 'mlp' of depth 2"
         )
     is_clip = encoder.embed_norm
     tower = clip.tower_config("image", encoder) if is_clip else siglip.tower_config("image", encoder)
@@ -169,8 +215,8 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "pad_token_id": vocabulary.pad_id,
     }
     config = {
-        "model_type": "llava",
-        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": kind,
+        "architectures": [kind.title().replace("_", "") + "ForConditionalGeneration"],
         "vision_config": tower,
         "text_config": {
             "model_type": language.model_types[0],
@@ -182,26 +228,16 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "vision_feature_layer": encoder.layer,
         "vision_feature_select_strategy": strategy,
         "projector_hidden_act": hub_activation(connector.activation),
-        "image_seq_length": encoder.num_features(1),
         "image_token_index": vocabulary.controls.get(image_token, 0),
     }
-    kind = _PROCESSORS["clip_vision_model" if is_clip else "siglip_vision_model"]
-    processor = {
-        "processor_class": "LlavaProcessor",
-        "image_token": image_token,
-        "patch_size": encoder.patch_size,
-        "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": int(is_clip),
-    }
-    return {
-        "config.json": config,
-        "preprocessor_config.json": image_preprocessor(reader, kind),
-        "processor_config.json": processor,
-        "generation_config.json": special,
-    }
+    processor = {"image_token": image_token, "vision_feature_select_strategy": strategy}
+    if kind != "llava_onevision":
+        config["image_seq_length"] = encoder.num_features(1)
+        processor |= {"patch_size": encoder.patch_size, "num_additional_image_tokens": int(is_clip)}
+    return config, special, processor
 
 
-_VISION = {
+VISION = {
     "model_type": "clip_vision_model",
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -210,7 +246,7 @@ _VISION = {
     "image_size": 336,
     "patch_size": 14,
 }
-_LAST_BLOCK = 12_598_272
+LAST_BLOCK = 12_598_272
 """Parameters of the tower's last block and of the norm behind it, which features of layer -2 do not need."""
 
 
@@ -219,10 +255,10 @@ def _size(parameters: int, language: str) -> Size:
     config = {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
-        "vision_config": _VISION,
+        "vision_config": VISION,
         "text_config": text,
     }
-    return Size(config, parameters, unused=_LAST_BLOCK)
+    return Size(config, parameters, unused=LAST_BLOCK)
 
 
 LLAVA = Architecture(

@@ -149,6 +149,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         raise ConfigError(
             "qwen2_audio_encoder: found other parts, expected one stream 'audio' with the encoder 'whisper_pooled'"
         )
+    assert isinstance(stream.reader, AudioReaderConfig)
     config = {**tower_config(stream.encoder), "architectures": ["Qwen2AudioEncoder"]}
     return {"config.json": config, "preprocessor_config.json": tower_preprocessor(stream.reader)}
 

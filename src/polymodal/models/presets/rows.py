@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import CheckpointError
+from polymodal.modalities.text import TextReaderConfig
+from polymodal.models.compose.config import ModelConfig
+from polymodal.models.presets.architecture import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +77,11 @@ class Temperature:
     def save(self, ours: Sequence[Tensor]) -> Tensor:
         """The temperature."""
         return (-ours[0]).exp()
+
+
+def word_rows(model: ModelConfig, vocabulary: Vocabulary) -> int:
+    """Rows of the text stream's token embedding: its own, or those of the model's tokenizer."""
+    stream = model.streams["text"]
+    reader = stream.reader
+    has_own = isinstance(reader, TextReaderConfig) and reader.tokenizer is not None
+    return int(stream.encoder.vocab_size) if has_own else vocabulary.size

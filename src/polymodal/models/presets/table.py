@@ -7,6 +7,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.models.presets.architecture import Architecture, Size
 from polymodal.models.presets.bert import BERT
 from polymodal.models.presets.blip import BLIP
+from polymodal.models.presets.blip2 import BLIP2
 from polymodal.models.presets.albef import ALBEF
 from polymodal.models.presets.beit3 import BEIT3
 from polymodal.models.presets.blip_retrieval import BLIP_RETRIEVAL
@@ -20,14 +21,19 @@ from polymodal.models.presets.hubert import HUBERT
 from polymodal.models.presets.i3d import I3D
 from polymodal.models.presets.idefics import IDEFICS
 from polymodal.models.presets.imagebind import IMAGEBIND
+from polymodal.models.presets.instructblip import INSTRUCTBLIP
 from polymodal.models.presets.llama import LLAMA, MISTRAL
 from polymodal.models.presets.llava import LLAVA
+from polymodal.models.presets.llava_next import LLAVA_NEXT
+from polymodal.models.presets.llava_onevision import LLAVA_ONEVISION
+from polymodal.models.presets.minigpt4 import MINIGPT4
 from polymodal.models.presets.opt import OPT
 from polymodal.models.presets.patchtst import PATCHTST
 from polymodal.models.presets.perceiver import PERCEIVER
 from polymodal.models.presets.point_bert import POINT_BERT
 from polymodal.models.presets.pointnet import POINTNET
 from polymodal.models.presets.qwen import QWEN2, QWEN3
+from polymodal.models.presets.qwen2_audio import QWEN2_AUDIO
 from polymodal.models.presets.qwen2_audio_tower import QWEN2_AUDIO_TOWER
 from polymodal.models.presets.open_clip import OPEN_CLIP
 from polymodal.models.presets.resnet import RESNET
@@ -56,6 +62,7 @@ _ALL: tuple[Architecture, ...] = (
     WAV2VEC2,
     HUBERT,
     QWEN2_AUDIO_TOWER,
+    QWEN2_AUDIO,
     CLAP,
     IMAGEBIND,
     TIMESFORMER,
@@ -63,6 +70,8 @@ _ALL: tuple[Architecture, ...] = (
     WHISPER,
     T5,
     LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
     I3D,
     VILT,
     ALBEF,
@@ -70,6 +79,9 @@ _ALL: tuple[Architecture, ...] = (
     VIDEOBERT,
     FLAVA,
     BLIP,
+    BLIP2,
+    MINIGPT4,
+    INSTRUCTBLIP,
     IDEFICS,
     BLIP_RETRIEVAL,
     BERT,

@@ -17,6 +17,7 @@ from polymodal.models.encoders.embedding import EmbeddingConfig
 from polymodal.models.encoders.quantised import QuantisedConfig
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary
 from polymodal.models.presets.clip import text_reader
+from polymodal.models.presets.rows import word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Rule
 
 _DEFAULTS: dict[str, Any] = {
@@ -36,7 +37,7 @@ _HEADS = {"words", "clips", "match"}
 
 
 def to_model(configs: HubConfigs) -> dict[str, Any]:
-    """Text and video stream in an encoder backbone; masked words, masked visual words, and whether they belong together."""
+    """Text and video in an encoder backbone; masked words, masked visual words, and whether they belong together."""
     given = {**_DEFAULTS, **configs.config}
     width = given["hidden_size"]
     text = {
@@ -90,14 +91,13 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     """``config.json``."""
     text, video = _parts(model)
     stack = model.backbone.transformer
-    own_rows = model.streams["text"].reader.tokenizer is None
     config = {
         "model_type": "videobert",
         "hidden_size": stack.width,
         "num_hidden_layers": stack.depth,
         "num_attention_heads": stack.heads,
         "intermediate_size": stack.mlp_dim or 4 * stack.width,
-        "vocab_size": vocabulary.size if own_rows else text.vocab_size,
+        "vocab_size": word_rows(model, vocabulary),
         "max_position_embeddings": text.max_tokens,
         "max_clips": video.max_features,
         "branches": video.branches,
@@ -127,6 +127,6 @@ VIDEOBERT = Architecture(
     names=names,
     to_hub=to_hub,
     # The paper counts none; it starts from BERT-large (340M) and adds 20,736 visual words.
-    sizes={"videobert-large": Size({"model_type": "videobert"}, 0)},
+    sizes={"videobert-large": Size({"model_type": "videobert"}, 379_242_556)},
 )
 """See the module."""

@@ -18,7 +18,7 @@ from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import text_reader
 from polymodal.models.presets.image_reader import resample_code, resample_name
 from polymodal.models.presets.labels import class_names, label_config
-from polymodal.models.presets.rows import Row
+from polymodal.models.presets.rows import Row, word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
 _PARTS = {
@@ -178,7 +178,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     config = {
         "model_type": "vilt",
         "architectures": [kind],
-        "vocab_size": text.vocab_size if model.streams["text"].reader.tokenizer is not None else vocabulary.size,
+        "vocab_size": word_rows(model, vocabulary),
         "type_vocab_size": text.segments,
         "max_position_embeddings": text.max_tokens,
         "hidden_size": text.width,
@@ -213,8 +213,8 @@ def _parts(model: ModelConfig) -> tuple[EmbeddingConfig, PatchesConfig]:
     is_vilt = isinstance(model.backbone, EncoderBackboneConfig) and len(encoders) == 2 and len(model.heads) <= 1
     if not (is_vilt and isinstance(text, EmbeddingConfig) and isinstance(image, PatchesConfig) and uses <= _USES):
         raise ConfigError(
-            "vilt: found a model of other parts, expected a text stream with the encoder 'embedding' and an image stream "
-            f"with 'patches' in the backbone 'encoder', and at most one head of the kinds {sorted(_USES)}"
+            "vilt: found a model of other parts, expected a text stream with the encoder 'embedding' and an image "
+            f"stream with 'patches' in the backbone 'encoder', and at most one head of the kinds {sorted(_USES)}"
         )
     return text, image
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from polymodal.core.errors import ConfigError
+from polymodal.modalities.audio import AudioReaderConfig
 from polymodal.models.compose.config import ModelConfig, StreamConfig
 from polymodal.models.encoders.wav2vec2 import Wav2Vec2Config
 from polymodal.models.heads.ctc import CtcConfig
@@ -163,6 +164,7 @@ def wave_reader(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
 
 def preprocessor_of(stream: StreamConfig) -> dict[str, Any]:
     """The ``preprocessor_config.json`` of a stream that reads samples."""
+    assert isinstance(stream.reader, AudioReaderConfig)
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,

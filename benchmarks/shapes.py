@@ -17,7 +17,7 @@ from polymodal.core.batch import Example, Plan
 from polymodal.core.parts import Text
 from polymodal.core.samples import Message, Sample
 from polymodal.modalities.text import Tokenizer, train_bpe
-from polymodal.modalities.text.chat import chat_format
+from polymodal.modalities.text import chat_format
 from polymodal.models.layers import layout as layout_module
 
 LENGTHS = (63, 116, 172, 473, 128, 82, 232, 52, 250, 178, 105, 155, 54, 52, 401, 192)

@@ -1,7 +1,8 @@
 """Writes ``docs/reference/models.md``: every published architecture, its sizes and its parity with the reference.
 
-Usage: ``python scripts/make_models.py [--measure]``. With ``--measure`` the parity tests run first, and what they
-compared is written to ``docs/reference/parity.json``; without it the stored figures are used. Parameters are counted
+Usage: ``python scripts/make_models.py [--measure | --figures FILE]``. With ``--measure`` the parity tests run first,
+and what they compared is written to ``docs/reference/parity.json``; ``--figures`` takes the file that a run of all
+tests with ``POLYMODAL_PARITY_FILE=FILE`` left; without either the stored figures are used. Parameters are counted
 on models without memory. A test compares the page in the repository with what this writes.
 """
 
@@ -37,8 +38,8 @@ recipe, and `from: FOLDER` takes a part of it into another recipe.
   architecture's tests (random small weights, float32; the bound is 1e-4, for preprocessing 1e-3). "equations" stands
   where no reference is on the package registry: those tests hold the paper's shapes and equations.
 - *parameters*: of the published checkpoint, shared ones once; *built*: counted on the model that the preset builds.
-  They differ where a tower's features are read before its last block: what comes after is not built, and an export
-  copies it.
+  They differ where a tower's features are read before its last block (what comes after is not built, and an export
+  copies it), and where a fixed table of positions is counted as a parameter (Whisper).
 """
 
 
@@ -48,7 +49,13 @@ def measure() -> dict[str, Any]:
         file = Path(folder) / "parity.jsonl"
         environment = {**os.environ, "POLYMODAL_PARITY_FILE": str(file)}
         subprocess.run([sys.executable, "-m", "pytest", "-q", TESTS], cwd=ROOT, env=environment, check=True)
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return summary(file)
+
+
+def summary(file: Path) -> dict[str, Any]:
+    """Per test module, how many comparisons there were and the worst of them."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row["test"].startswith(TESTS)]
     found: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         found[Path(row["test"].split("::")[0]).stem.removeprefix("test_")].append(row["relative"])
@@ -91,6 +98,9 @@ def main() -> None:
     """Write the page."""
     if "--measure" in sys.argv[1:]:
         PARITY.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    elif "--figures" in sys.argv[1:]:
+        file = Path(sys.argv[sys.argv.index("--figures") + 1])
+        PARITY.write_text(json.dumps(summary(file), indent=1) + "\n", encoding="utf-8")
     OUT.write_text(page(json.loads(PARITY.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -38,6 +38,19 @@ A key that holds *one of* a table takes a mapping with `use`, or the bare name w
 `connector: mlp` is `connector: {use: mlp}`. "required" stands where there is no default.
 """
 
+_MEANINGS = {
+    "activation": "The nonlinearity of its MLPs",
+    "betas": "Decay of the running means of the gradient and of its square",
+    "depth": "Number of blocks",
+    "dropout": "Share of activations that are zero in training",
+    "heads": "Attention heads; they divide the width",
+    "min_ratio": "The last rate over the highest",
+    "norm_eps": "Added to the variance in norms",
+    "resample": "The filter of resizing",
+    "width": "Width of its states",
+}
+"""What keys mean that mean the same wherever they stand; a docstring that says more goes first."""
+
 
 def reference() -> str:
     """The whole page."""
@@ -105,7 +118,7 @@ def _section(config: type[Config], title: str, level: int = 2, *, shows_use: boo
     about, arguments = _docstring(config)
     told = arguments | _attribute_docs(config)
     rows = [
-        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(told.get(name, ''))} |"
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(told.get(name, _MEANINGS.get(name, '')))} |"
         for name, field in config.model_fields.items()
         if name != "use" or shows_use
     ]

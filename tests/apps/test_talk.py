@@ -75,22 +75,22 @@ def test_a_named_file_that_is_not_there_is_an_error():
 
 
 def test_ask_prints_the_answer(place, media, model, capsys):
-    talk.ask(place / "run", [str(media["image"]), "What is it?"], SHORT, None, as_json=False)
+    talk.ask(place / "run", [str(media["image"]), "What is it?"], SHORT, None, None, as_json=False)
     said = capsys.readouterr().out
     assert said == model.chat(Image(media["image"]), "What is it?", **SHORT).text + "\n"
 
 
 def test_ask_as_json_has_the_answer_and_its_counts(place, media, capsys):
-    talk.ask(place / "run", [str(media["audio"]), str(media["image"]), "And?"], SHORT, None, as_json=True)
+    talk.ask(place / "run", [str(media["audio"]), str(media["image"]), "And?"], SHORT, None, None, as_json=True)
     data = json.loads(capsys.readouterr().out)
-    assert data.keys() == {"text", "finish", "tokens", "prompt_tokens", "reused_tokens", "seconds"}
+    assert data.keys() == {"text", "finish", "tokens", "prompt_tokens", "reused_tokens", "seconds", "choices"}
     assert data["finish"] in ("stop", "length") and data["tokens"] <= 4
     assert data["prompt_tokens"] > 8 and data["seconds"] > 0
 
 
 def test_ask_needs_a_question(media):
     with pytest.raises(ConfigError, match="found only files, expected a question after them"):
-        talk.ask(Path("nowhere"), [str(media["image"])], SHORT, None, as_json=False)
+        talk.ask(Path("nowhere"), [str(media["image"])], SHORT, None, None, as_json=False)
 
 
 def test_embed_writes_unit_vectors(place, media, tmp_path, capsys):

@@ -5,13 +5,19 @@ from __future__ import annotations
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from polymodal.core.batch import TileLengths
 from polymodal.core.errors import ConfigError
+from polymodal.core.limits import Limits
+from polymodal.core.parts import Image
+from polymodal.modalities.image import ImageReader, ImageReaderConfig
 from polymodal.models.compose import ModelConfig
-from polymodal.models.connectors.arrangements import TileRowsConfig
+from polymodal.models.connectors.arrangements import PooledFramesConfig, TileRowsConfig
+from polymodal.models.encoders.vit import VitConfig
+from polymodal.models.encoders.vit_frames import VitFramesConfig
 
 _SIDE = 3
 
@@ -72,7 +78,7 @@ def test_lengths_of_tiles_survive_pickling() -> None:
 
 def test_only_sequences_of_its_modality_are_arranged() -> None:
     image = {"modality": "image", "encoder": {"use": "vit"}, "arrange": {"use": "tile_rows"}}
-    with pytest.raises(ConfigError, match="arrange 'tile_rows' lays out the tokens of image .* enters by 'none'"):
+    with pytest.raises(ConfigError, match=r"arrange 'tile_rows' lays out the tokens of image .* enters by 'none'"):
         ModelConfig.parse({"streams": {"image": image}, "backbone": "none"})
 
 

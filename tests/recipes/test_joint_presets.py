@@ -26,7 +26,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@joint
+@pytest.mark.parametrize("name", [JOINT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in JOINT[1:])])
 def test_twenty_steps_lower_the_losses(name: str, scenes: Path, tmp_path: Path) -> None:
     recipe = load_recipe(name, [f"data_root={scenes}", *FAST])
     train(recipe, tmp_path / "run", quiet=True)

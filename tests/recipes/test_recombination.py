@@ -182,9 +182,7 @@ def test_clips_text_tower_meets_another_encoder_in_a_shared_space(
     }
     model = {"streams": streams, "backbone": "none", "heads": {"space": {"use": "projection", "dim": 8}}}
     pairs = {"infonce": {"pairs": [[modality, "text"]]}}
-    align = stage(
-        modality, train=["heads"], data=[f"{modality}-views.jsonl"], objectives=pairs, batch={"samples": 4}
-    )
+    align = stage(modality, train=["heads"], data=[f"{modality}-views.jsonl"], objectives=pairs, batch={"samples": 4})
     recipe = load_recipe({"name": "space", "data_root": str(data), "model": model, "stages": [align]})
     report = pm.check(recipe)
     assert report.is_ok, report.failed
@@ -197,9 +195,7 @@ def test_clips_text_tower_meets_another_encoder_in_a_shared_space(
 
 
 @pytest.mark.parametrize(("eyes", "connector", "mind"), [PAIRS[1], PAIRS[10], PAIRS[12]])
-def test_a_run_needs_no_checkpoint_any_more(
-    eyes: str, connector: str, mind: str, data: Path, tmp_path: Path
-) -> None:
+def test_a_run_needs_no_checkpoint_any_more(eyes: str, connector: str, mind: str, data: Path, tmp_path: Path) -> None:
     own = Folders(tmp_path)
     recipe = load_recipe(joined(eyes, connector, mind, own, data))
     prove(recipe, MODALITY[eyes], data, tmp_path / "run", *own.values())

@@ -76,6 +76,18 @@ def test_weights_stored_in_half_precision_train_in_single(folders: dict[str, Pat
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("gate", ["tanh", "none"])
+def test_a_language_model_learns_to_look_at_pictures(gate: str, folders: dict[str, Path]) -> None:
+    image = {"modality": "image", "encoder": {"from": str(folders["clip"])}, "connector": {"use": "perceiver"}}
+    enters = {"use": "cross_attention", "gate": gate}
+    backbone = {"from": str(folders["llama"])}
+    model = pm.Model(assemble(recipe_of({"streams": {"image": {**image, "enters": enters}}, "backbone": backbone})))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+    seen, blind = model.logits([pm.Image(pixels), "What?"])[-4:], pm.load(folders["llama"]).logits(["What?"])[-4:]
+    # A gate starts closed: before training, the language model is what it was.
+    assert np.allclose(seen, blind, atol=1e-6) == (gate == "tanh")
+
+
 def message(model: dict[str, Any], error: type[Exception] = ConfigError) -> str:
     with pytest.raises(error) as caught:
         assemble(recipe_of(model))

@@ -80,12 +80,15 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens of all files: tiles and frames become fewer.")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Answer a question about files. A file may be written modality:path where its name does not tell."""
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    _command("talk:ask")(model, inputs, options, device, as_json=json)
+    _command("talk:ask")(model, inputs, options, device, tokens, as_json=json)
 
 
 @app.command()

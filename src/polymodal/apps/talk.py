@@ -47,7 +47,9 @@ def _existing(path: str, argument: str) -> Path:
     return found
 
 
-def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | None, *, as_json: bool) -> None:
+def ask(
+    model: Path, inputs: list[str], options: dict[str, Any], device: str | None, tokens: int | None, *, as_json: bool
+) -> None:
     """Answer one question, streaming to a terminal."""
     parts = [parse_part(item) for item in inputs]
     if not any(isinstance(part, Text) for part in parts):
@@ -57,7 +59,7 @@ def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | N
     sampling = Sampling.parse(options)
     loaded = load(model, device)
     if as_json:
-        answer = loaded.chat(*parts, sampling=sampling)
+        answer = loaded.chat(*parts, sampling=sampling, tokens=tokens)
         emit_json(
             {
                 "text": answer.text,
@@ -66,10 +68,11 @@ def ask(model: Path, inputs: list[str], options: dict[str, Any], device: str | N
                 "prompt_tokens": answer.prompt_tokens,
                 "reused_tokens": answer.reused_tokens,
                 "seconds": round(answer.seconds, 4),
+                "choices": list(answer.choices),
             }
         )
         return
-    _print_pieces(loaded.stream(*parts, sampling=sampling))
+    _print_pieces(loaded.stream(*parts, sampling=sampling, tokens=tokens))
 
 
 def _print_pieces(pieces: Iterator[str]) -> str:

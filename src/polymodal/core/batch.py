@@ -35,6 +35,7 @@ class TileLengths(tuple[int, ...]):
     def __new__(
         cls, lengths: Iterable[int], grid: tuple[int, int] = (1, 1), size_px: tuple[int, int] = (1, 1)
     ) -> TileLengths:
+        """The lengths as a tuple that also says where the tiles lie."""
         made = super().__new__(cls, lengths)
         made.grid, made.size_px = grid, size_px
         return made

@@ -74,7 +74,8 @@ class RetrievalTask(TaskConfig):
     """Find the right views of one modality for views of another.
 
     Args:
-        query: the modality searched with; target: the modality searched in.
+        query: the modality searched with.
+        target: the modality searched in.
         positives: ``sample``: only the view of the same thing is right; ``label``: every view of the same class is.
             A query never finds itself.
         ks: the K of each reported R@K; the first is the score.

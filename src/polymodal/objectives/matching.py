@@ -26,7 +26,8 @@ class Matching(ObjectiveConfig):
             it stands one with a stream of another sample of the batch, drawn at random (ALBEF, arXiv 2107.07651,
             section 3.2, without its mining of hard negatives); ``hard``: as there, beside it stands, for every two of
             its streams, one with the second from a sample that looks alike in the shared space and has another label.
-        positive: the label of a sample whose parts belong together; negative: of one whose parts do not.
+        positive: the label of a sample whose parts belong together.
+        negative: of one whose parts do not.
     """
 
     use: Literal["matching"] = "matching"

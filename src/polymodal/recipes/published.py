@@ -180,11 +180,11 @@ def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: if a part is not in the checkpoint, or contradicts it.
         CheckpointError: if a checkpoint cannot be read.
     """
-    data = copy.deepcopy(dict(data))
-    model = data.get("model")
+    whole: dict[str, Any] = copy.deepcopy(dict(data))
+    model = whole.get("model")
     if not isinstance(model, dict):
-        return data
-    sources: dict[str, Any] = dict(data.get("sources") or {})
+        return whole
+    sources: dict[str, Any] = dict(whole.get("sources") or {})
     shelf = _Shelf()
     # A language model that is taken whole brings its own head.
     backbone = model.get("backbone")
@@ -209,8 +209,8 @@ def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
         sources[path] = {"folder": folder, "part": part}
         _fill_beside(published.model, part, role, holder if role == "encoder" else model)
     if sources:
-        data["sources"] = sources
-    return data
+        whole["sources"] = sources
+    return whole
 
 
 def _source(value: Any, path: str) -> tuple[str, str]:
@@ -275,6 +275,10 @@ def _places(model: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], s
             yield f"heads.{name}", "heads", heads, name
 
 
+_LOOKS = ("gated_cross", "cross_attention", "cross_norm")
+"""Modules of a block that look at streams; new where the checkpoint's language model looks at none."""
+
+
 def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
     """Put the weights of every part that has a source into a new network.
 
@@ -287,7 +291,10 @@ def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
         if isinstance(part, TransformersEncoder | TransformersDecoder):
             part.load_folder(find_folder(source.folder))
             continue
-        shelf[source.folder].fill(network, path, source.part)
+        published = shelf[source.folder]
+        is_new = path == "backbone" and published.model.look is None
+        looks = [f"{path}.{name}" for name, _ in part.named_modules() if is_new and name.split(".")[-1] in _LOOKS]
+        published.fill(network, path, source.part, without=looks)
 
 
 def export_hub(

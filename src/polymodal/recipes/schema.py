@@ -35,19 +35,26 @@ class Recipe(Config):
     """A complete run."""
 
     name: str
+    """Of the run; its folder is ``runs/NAME`` unless told otherwise."""
     model: ModelConfig
+    """Streams, backbone, heads and tokenizer."""
     stages: tuple[StageConfig, ...] = ()
+    """In the order in which they run; none for a model that is only used."""
     evaluate: tuple[dict[str, Any], ...] = ()
     """Tasks that a trained model is measured on; ``data`` starts from ``data_root``."""
     data_root: str = "."
     """Folder that data paths start from; relative to where the command runs."""
     seed: int = 0
+    """Of everything random: weights, order of the data, dropout."""
     precision: ComputeConfig = ComputeConfig()
+    """Device and number formats."""
     limits: Limits = Limits()
+    """Upper bounds of media; what is above is refused by name."""
     overflow: Literal["refuse", "cut_text"] = "refuse"
     """What happens to samples longer than the backbone's ``max_tokens``."""
     tokens: PositiveInt | None = None
-    """The most tokens of all media of a sample: tiles, frames and detail become fewer until they fit. None: any number."""
+    """The most tokens of all media of a sample: tiles, frames and detail become fewer until they fit. None: any
+    number."""
     max_bad_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of unusable samples above which a run stops."""
     keep_last: PositiveInt = 2

@@ -59,6 +59,7 @@ class AdamW(OptimizerConfig):
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the squared gradient's mean."""
 
     _betas = field_validator("betas")(lambda betas: _checked_betas(betas))
 

@@ -51,16 +51,22 @@ class StageConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Its name in folders and reports: letters, digits, ``_``, ``-`` and ``.``."""
     train: tuple[TrainEntry, ...]
+    """What trains: paths, patterns, or entries with an adapter; all else is frozen."""
     data: tuple[DataEntry, ...]
+    """Where samples come from."""
     copy_weights: dict[str, str] = Field(default_factory=dict)
     """Part -> another part, whose weights of the same names and shapes it starts this stage with (a video encoder from
     an image encoder of the same widths: inflation)."""
     objectives: dict[str, Any]
     """Objective name -> weight, or a mapping of its options with ``weight``."""
     batch: BatchSpec
+    """How samples become batches."""
     steps: PositiveInt
+    """Updates of the optimizer."""
     optimizer: OPTIMIZERS.field() = Field(default_factory=lambda: OPTIMIZERS.parse("adamw"))  # type: ignore[valid-type]
+    """The rule of the updates."""
     schedule: SCHEDULES.field() = Field(default_factory=lambda: SCHEDULES.parse("cosine"))  # type: ignore[valid-type]
+    """The learning rate over the steps."""
     accumulate: PositiveInt = 1
     """Batches per optimizer step."""
     grad_cache: bool = False

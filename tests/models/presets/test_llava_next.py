@@ -45,9 +45,7 @@ TEMPLATE = (
 )
 _RNG = np.random.default_rng(0)
 SIZES = ((30, 40), (24, 24), (50, 31), (90, 20), (17, 95), (200, 150), (70, 24), (23, 47))
-PICTURES = [
-    PIL.Image.fromarray(_RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in SIZES
-]
+PICTURES = [PIL.Image.fromarray(_RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)) for height, width in SIZES]
 PROMPTS: list[list[Any]] = [
     ["No picture at all, only a rather longer text before the answer."],
     [PICTURES[0], "What?"],
@@ -190,7 +188,7 @@ def test_grids_that_disagree_are_refused(made: tuple[Path, Any], tmp_path: Path)
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "image_grid_pinpoints": PINPOINTS[1:]}))
-    with pytest.raises(ConfigError, match="image_grid_pinpoints: found .* expected the same"):
+    with pytest.raises(ConfigError, match=r"image_grid_pinpoints: found .* expected the same"):
         pm.load(tmp_path)
 
 

@@ -125,7 +125,11 @@ def inputs_of(folder: Path, prompt: list[Any]) -> Any:
 def asked(prompt: list[Any]) -> pm.Sample:
     return conversation(
         *(
-            part if isinstance(part, str) else pm.Video(part, fps=5.0) if isinstance(part, np.ndarray) else pm.Image(part)
+            part
+            if isinstance(part, str)
+            else pm.Video(part, fps=5.0)
+            if isinstance(part, np.ndarray)
+            else pm.Image(part)
             for part in prompt
         )
     )

@@ -41,7 +41,9 @@ class PatchesReaderConfig(ReaderConfig):
     rescale: float = Field(1 / 255, gt=0)
     """Factor of a pixel, before mean and deviation."""
     mean: Triple = (0.5, 0.5, 0.5)
+    """Taken from each channel."""
     std: Triple = (0.5, 0.5, 0.5)
+    """Each channel is divided by it."""
 
     _check_std = field_validator("std")(checked_std)
 

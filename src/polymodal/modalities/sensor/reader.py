@@ -36,6 +36,7 @@ class SensorReaderConfig(ReaderConfig):
     """``none``: values as stored; ``stated``: minus ``mean``, over ``std``; ``item``: each channel of each recording to
     mean 0 and standard deviation 1 (a constant channel to 0)."""
     mean: tuple[float, ...] | None = None
+    """For ``stated``: of each channel."""
     std: tuple[PositiveFloat, ...] | None = None
     """One value per channel each, with ``normalise: stated`` only."""
 

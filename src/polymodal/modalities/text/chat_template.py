@@ -35,6 +35,7 @@ class ChatTemplate(Config):
     """A chat format given by a Jinja template, as checkpoints bring it."""
 
     template: str
+    """The Jinja source."""
     end: str
     """The control token that ends an answer."""
     tokens: dict[str, str] = Field(default_factory=dict)

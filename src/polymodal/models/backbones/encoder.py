@@ -34,6 +34,7 @@ class EncoderBackboneConfig(Config):
 
     use: Literal["encoder"] = "encoder"
     transformer: TransformerConfig = TransformerConfig()
+    """The stack; its width is that of the tokens."""
     order: tuple[str, ...] = ()
     """The streams of the sequence in their order; empty: as the recipe lists them."""
     cls: bool = True

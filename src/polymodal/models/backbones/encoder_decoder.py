@@ -47,6 +47,7 @@ class EncoderDecoderConfig(CausalConfig):
     has_source: ClassVar[bool] = True
     use: Literal["encoder_decoder"] = "encoder_decoder"
     encoder: TransformerConfig = TransformerConfig.parse(_T5_LIKE)
+    """The stack that reads."""
     decoder: TransformerConfig = TransformerConfig.parse(_T5_LIKE)
     """Both as wide; ``cross_width`` follows."""
     positions: Literal["relative", "learned"] = "relative"

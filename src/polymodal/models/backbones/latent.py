@@ -32,6 +32,7 @@ class LatentConfig(Config):
 
     use: Literal["latent"] = "latent"
     latents: int = Field(default=64, ge=1)
+    """How many learned vectors read the streams."""
     width: int = Field(default=128, ge=1)
     """Width of the latents."""
     input_width: int = Field(default=128, ge=1)

@@ -39,6 +39,7 @@ class TokenizerConfig(Config):
     """
 
     use: Literal["bpe", "file"] = "bpe"
+    """``bpe``: trained on the recipe's text; ``file``: that of a checkpoint."""
     vocab_size: PositiveInt = 1024
     """Ids in all, for ``bpe``; the trained tokenizer may have fewer where the text has fewer merges."""
     path: str | None = None
@@ -70,7 +71,9 @@ class StreamConfig(Config):
     """A named path into the model: one modality, one encoder, one connector, and how it enters."""
 
     modality: str
+    """What it reads: text, image, audio, video, points or sensor."""
     encoder: ENCODERS.field()  # type: ignore[valid-type]
+    """Units of the modality become features."""
     reader: READERS.field() | None = None  # type: ignore[valid-type]
     """Preprocessing; None derives it from the encoder."""
     connector: CONNECTORS.field() | None = None  # type: ignore[valid-type]
@@ -79,12 +82,13 @@ class StreamConfig(Config):
     """How the tokens of an item's units become its sequence, for a stream that enters by ``sequence``; None: one unit
     after another."""
     enters: ENTRIES.field() = Field(default_factory=lambda: ENTRIES.parse("none"))  # type: ignore[valid-type]
+    """How its tokens meet those of other streams."""
     view: str | None = None
     """Name of a sample's view that it reads (``depth``: a picture of depth); None: the modality's own. A stream with a
     named view reads no media of conversations."""
     tokens: PositiveInt | None = None
-    """The most tokens of all its items in a sample, for a stream that enters by ``sequence``: fewer tiles or frames, and
-    neighbouring tokens pooled, until they fit. None: any number."""
+    """The most tokens of all its items in a sample, for a stream that enters by ``sequence``: fewer tiles or frames,
+    and neighbouring tokens pooled, until they fit. None: any number."""
     shares: str | None = None
     """Another stream whose encoder's trunk this one's is: the same weights (images and frames); None: its own."""
     shares_tokens: bool = False
@@ -131,10 +135,13 @@ class ModelConfig(Config):
     """A whole model. Widths, token counts, positions and masks follow from its parts and are never typed."""
 
     streams: dict[str, StreamConfig] = Field(default_factory=dict)
+    """By name; paths in the rest of a recipe start with ``streams.NAME``."""
     backbone: BACKBONES.field()  # type: ignore[valid-type]
+    """Where streams meet."""
     heads: dict[str, HEADS.field()] = Field(default_factory=dict)  # type: ignore[valid-type]
     """What is read out; none for an encoder that is used for its features."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """Of the text that the backbone reads and writes."""
 
     @model_validator(mode="after")
     def _agree(self) -> ModelConfig:
@@ -147,16 +154,7 @@ class ModelConfig(Config):
                 self._check_backbone(f"heads.{name}, a {head.use!r} head,", head.use)
         self._check_watched()
         self._check_latent()
-        for name, stream in self.streams.items():
-            others = [other for other in self.streams if other != name and self.streams[other].shares is None]
-            if stream.shares is not None and stream.shares not in others:
-                raise ValueError(f"streams.{name}.shares: {unknown('stream', stream.shares, others)}")
-            if stream.shares_tokens and stream.shares is None:
-                raise ValueError(f"streams.{name}.shares_tokens: found no 'shares' that says whose")
-            if stream.arrange is not None and isinstance(self.backbone, EncoderBackboneConfig):
-                raise ValueError(f"streams.{name}.arrange: found the backbone 'encoder', expected one that decodes")
-            if stream.view in MODALITIES:
-                raise ValueError(f"streams.{name}.view: found {stream.view!r}, expected a name that is no modality")
+        self._check_shares()
         if isinstance(self.backbone, MergeConfig):
             takes = {name: self.streams[name].enters.take for name in self.merge_streams}
             if not takes:
@@ -168,6 +166,19 @@ class ModelConfig(Config):
         if len(set(kinds)) != len(kinds):
             raise ValueError(f"heads: found {kinds}, expected each kind but masked_token and pooler once")
         return self
+
+    def _check_shares(self) -> None:
+        """What streams share is there; only a decoder reads arranged tokens."""
+        for name, stream in self.streams.items():
+            others = [other for other in self.streams if other != name and self.streams[other].shares is None]
+            if stream.shares is not None and stream.shares not in others:
+                raise ValueError(f"streams.{name}.shares: {unknown('stream', stream.shares, others)}")
+            if stream.shares_tokens and stream.shares is None:
+                raise ValueError(f"streams.{name}.shares_tokens: found no 'shares' that says whose")
+            if stream.arrange is not None and isinstance(self.backbone, EncoderBackboneConfig):
+                raise ValueError(f"streams.{name}.arrange: found the backbone 'encoder', expected one that decodes")
+            if stream.view in MODALITIES:
+                raise ValueError(f"streams.{name}.view: found {stream.view!r}, expected a name that is no modality")
 
     def _check_instruction(self) -> None:
         """Who reads the instruction, and who gives it."""

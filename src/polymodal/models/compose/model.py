@@ -476,8 +476,8 @@ def _share_tokens(name: str, stream: Stream, shared: str, other: Stream) -> None
     ]
     if shapes[0] is None or shapes[0] != shapes[1]:
         raise ConfigError(
-            f"streams.{name}.shares_tokens: the connectors of {name!r} and {shared!r} differ, or one has none; give both "
-            "the same"
+            f"streams.{name}.shares_tokens: the connectors of {name!r} and {shared!r} differ, or one has none; give "
+            "both the same"
         )
     stream.connector = other.connector
     if isinstance(stream.arrangement, Arrangement) and isinstance(other.arrangement, Arrangement):

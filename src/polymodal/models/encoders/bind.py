@@ -316,6 +316,7 @@ class BindSensorConfig(BindFields):
     use: Literal["bind_sensor"] = "bind_sensor"
     modality: ClassVar[str] = "sensor"
     num_channels: int = Field(default=6, ge=1)
+    """Channels of the recordings."""
     num_samples: int = Field(default=256, ge=1)
     """Longest window."""
     patch_size: int = Field(default=8, ge=1)

@@ -40,14 +40,18 @@ class HtsatConfig(EncoderConfig):
     image_size: int = Field(default=64, ge=1)
     """Side of the square that the frames are folded into; a multiple of the bands."""
     patch_size: int = Field(default=4, ge=1)
+    """Side of a patch in bands and frames."""
     window: int = Field(default=4, ge=1)
     """Side of a window in patches."""
     depths: tuple[int, ...] = Field(default=(2, 2), min_length=1)
     """Blocks of each stage; between stages the grid is halved and the width doubled, up to ``width``."""
     heads: tuple[int, ...] = (2, 4)
+    """Attention heads of each stage."""
     mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of the MLPs over the stage's width."""
     activation: Activation = "gelu"
     fused: bool = False
+    """Whether a clip comes as four views that are mixed, as said above."""
     fusion_ratio: int = Field(default=4, ge=1)
     """By how much the fusion narrows; for ``fused``."""
 

@@ -34,6 +34,7 @@ class TransformersEncoderConfig(EncoderConfig):
 
     use: Literal["transformers"] = "transformers"
     modality: Literal["image", "video", "audio", "text", "sensor"]  # type: ignore[misc]
+    """What it reads."""
     config: dict[str, Any]
     """What ``config.json`` holds."""
     output: str = "last_hidden_state"

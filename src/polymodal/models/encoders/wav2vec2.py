@@ -35,14 +35,17 @@ class Wav2Vec2Config(TransformerEncoderConfig):
     conv_dims: tuple[int, ...] = Field(default=(64,) * 7, min_length=1)
     """Channels of each convolution over the samples."""
     conv_kernels: tuple[int, ...] = (10, 3, 3, 3, 3, 2, 2)
+    """Samples, then features, that each of them reads."""
     conv_strides: tuple[int, ...] = (5, 2, 2, 2, 2, 2, 2)
     """Their product is the samples that a feature stands for: 320, which is 20 ms at 16 kHz."""
     conv_bias: bool = False
+    """Whether the convolutions have a bias."""
     conv_norm: Literal["group", "layer"] = "group"
     """``group``: each channel of the first convolution over the time of a unit; ``layer``: each frame of every one."""
     position_kernel: int = Field(default=128, ge=1)
     """Features that the convolution for relative positions reads."""
     position_groups: int = Field(default=16, ge=1)
+    """Groups of channels of that convolution; they divide the width."""
     pre_norm: bool = False
     """Whether norms stand before each sublayer, and once at the end, or after each residual sum."""
     mask_share: float = Field(default=0.0, ge=0, le=1)

@@ -22,6 +22,7 @@ class NextTokenConfig(HeadConfig):
 
     use: Literal["next_token"] = "next_token"
     tied: bool = True
+    """Whether its matrix is the token embedding's."""
     bias: bool = False
     """Whether every token has a bias."""
     transform: bool = False

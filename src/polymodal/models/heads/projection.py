@@ -25,6 +25,7 @@ class ProjectionConfig(HeadConfig):
 
     use: Literal["projection"] = "projection"
     dim: PositiveInt = 128
+    """Width of the shared space."""
     streams: tuple[str, ...] = ()
     """The streams in the space; empty for all."""
     identity: tuple[str, ...] = ()

@@ -51,11 +51,13 @@ class PromptedPairsConfig(HeadConfig):
     prompt_depth: int = Field(default=2, ge=1)
     """Layers in which a text looks at the video's patches."""
     prompt_heads: int = Field(default=8, ge=1)
+    """Attention heads of those layers."""
     prompt_share: float = Field(default=0.1, gt=0)
     """Start of the learned share, per channel, of what a text has seen."""
     activation: Activation = "quick_gelu"
     """Of the blocks that join the frames."""
     prompt_activation: Activation = "quick_gelu"
+    """Of the layers in which texts look."""
     norm_eps: float = Field(default=1e-5, gt=0)
     temperature: float = Field(default=0.07, gt=0)
     """Start of the learned temperature."""

@@ -21,10 +21,15 @@ class RopeScaling(Config):
     """
 
     kind: Literal["linear", "llama3"]
+    """Which of the two ways."""
     factor: float = Field(ge=1.0)
+    """By how much rates are slowed."""
     low_freq_factor: float = Field(default=1.0, gt=0)
+    """For ``llama3``: turns below which a rate is slowed in full."""
     high_freq_factor: float = Field(default=4.0, gt=0)
+    """For ``llama3``: turns above which a rate is kept."""
     original_max_tokens: PositiveInt = 8192
+    """For ``llama3``: the longest sequence before scaling."""
 
     def slow(self, rates_K: Tensor) -> Tensor:
         """The rates in radians per token, slowed down."""

@@ -35,6 +35,7 @@ class TransformerConfig(Config):
     mlp_dim: int | None = Field(default=None, ge=1)
     """Hidden width of the MLP; None: 4 x width."""
     norm: NormKind = "layer"
+    """The kind of its norms."""
     norm_eps: float = Field(default=1e-5, gt=0)
     activation: Activation = "gelu"
     gated: bool = False

@@ -22,7 +22,7 @@ def anyres_reader(
         config: ``config.json``.
         pinpoints: sizes (height, width) of the grids where neither says them.
         size_px: side of the encoder's image.
-        kind: the processor that treats one tile alike, a key of :data:`~polymodal.models.presets.image_reader.DEFAULTS`.
+        kind: the processor that treats one tile alike, a key of ``image_reader.DEFAULTS``.
 
     Raises:
         ConfigError: if the two files disagree, or a size is no grid of tiles.
@@ -74,6 +74,6 @@ def anyres_preprocessor(reader: Any, kind: str, processor: str) -> dict[str, Any
     }
 
 
-def pinpoints_of(reader: ImageReaderConfig) -> list[list[int]]:
+def pinpoints_of(reader: Any) -> list[list[int]]:
     """Sizes (height, width) of the grids in pixels."""
     return [[rows * reader.size_px, cols * reader.size_px] for rows, cols in reader.grids]

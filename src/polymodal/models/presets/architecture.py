@@ -19,7 +19,8 @@ class Size:
         config: its ``config.json``, as far as it differs from the library's defaults.
         parameters: its number of parameters, shared ones once.
         preprocessor: its ``preprocessor_config.json``.
-        unused: how many of the parameters our model does not build: they come after the layer whose features are read.
+        unused: how many of the parameters are none of ours: what comes after the layer whose features are read, and fixed
+            tables of positions.
     """
 
     config: Mapping[str, Any]

@@ -230,7 +230,7 @@ def hub_config(
         "projector_hidden_act": hub_activation(connector.activation),
         "image_token_index": vocabulary.controls.get(image_token, 0),
     }
-    processor = {"image_token": image_token, "vision_feature_select_strategy": strategy}
+    processor: dict[str, Any] = {"image_token": image_token, "vision_feature_select_strategy": strategy}
     if kind != "llava_onevision":
         config["image_seq_length"] = encoder.num_features(1)
         processor |= {"patch_size": encoder.patch_size, "num_additional_image_tokens": int(is_clip)}

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from polymodal.core.errors import ConfigError
+from polymodal.modalities.video import VideoReaderConfig
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.connectors.arrangements import PooledFramesConfig, TileRowsConfig
 from polymodal.models.encoders.vit_frames import VitFramesConfig
@@ -82,20 +83,23 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         raise ConfigError(
             f"llava_onevision: found the streams {sorted(model.streams)}, expected image and video, which share all"
         )
-    rows, frames = image.arrange, video.arrange
-    is_known = isinstance(rows, TileRowsConfig) and frames == PooledFramesConfig()
-    if not is_known or rows.max_tiles is None or not isinstance(video.encoder, VitFramesConfig):
+    rows = image.arrange
+    frames: Any = video.reader
+    is_known = video.arrange == PooledFramesConfig() and isinstance(frames, VideoReaderConfig)
+    if not is_known or not isinstance(rows, TileRowsConfig) or not isinstance(video.encoder, VitFramesConfig):
         raise ConfigError(
             "llava_onevision: found other arrangements, expected tile_rows with max_tiles and pooled_frames"
         )
+    if rows.max_tiles is None:
+        raise ConfigError("llava_onevision: found tile_rows without max_tiles, expected the number of tiles")
     # Of one picture alone; several are what this processor always fills up to squares.
     kind = llava.processor_kind(model)
     preprocessor = anyres_preprocessor(image.reader, kind, "LlavaOnevisionImageProcessor")
-    videos = {**frame_processor(video.reader), "video_processor_type": "LlavaOnevisionVideoProcessor"}
+    videos = {**frame_processor(frames), "video_processor_type": "LlavaOnevisionVideoProcessor"}
     del videos["image_processor_type"]
     if not videos["do_center_crop"]:
         del videos["crop_size"]
-    videos |= {"num_frames": video.reader.num_frames, "do_sample_frames": False, "return_metadata": False}
+    videos |= {"num_frames": frames.num_frames, "do_sample_frames": False, "return_metadata": False}
     config, special, processor = llava.hub_config(model, vocabulary, "llava_onevision")
     video_token = getattr(model.backbone.chat, "marks", {}).get("video", _VIDEO_TOKEN)
     ratio = f"anyres_max_{rows.max_tiles}"

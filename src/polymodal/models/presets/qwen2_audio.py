@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from polymodal.core.errors import ConfigError
+from polymodal.modalities.audio import AudioReaderConfig
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.connectors.projections import LinearConfig
 from polymodal.models.encoders.whisper_pooled import WhisperPooledConfig
@@ -75,7 +76,8 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
             "expected an audio stream and a next_token head"
         )
     encoder, connector = audio.encoder, audio.connector
-    if not isinstance(encoder, WhisperPooledConfig) or not isinstance(connector, LinearConfig):
+    is_known = isinstance(encoder, WhisperPooledConfig) and isinstance(connector, LinearConfig)
+    if not is_known or not isinstance(audio.reader, AudioReaderConfig):
         raise ConfigError(
             f"qwen2_audio: found the encoder {encoder.use!r} and the connector {getattr(connector, 'use', None)!r}, "
             "expected 'whisper_pooled' and 'linear'"
@@ -129,6 +131,6 @@ QWEN2_AUDIO = Architecture(
     to_model=to_model,
     names=names,
     to_hub=to_hub,
-    sizes={"qwen2-audio-7b": Size(_CONFIG, 8_397_094_912, {"feature_size": 128})},
+    sizes={"qwen2-audio-7b": Size(_CONFIG, 8_397_094_912, {"feature_size": 128}, unused=1500 * 1280)},
 )
 """See the module. Published: 8.4B."""

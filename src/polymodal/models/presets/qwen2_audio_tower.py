@@ -162,7 +162,9 @@ QWEN2_AUDIO_TOWER = Architecture(
     names=names,
     to_hub=to_hub,
     sizes={
-        "qwen2-audio-tower": Size({"architectures": ["Qwen2AudioEncoder"]}, 636_968_960, {"feature_size": 128}),
+        "qwen2-audio-tower": Size(
+            {"architectures": ["Qwen2AudioEncoder"]}, 636_968_960, {"feature_size": 128}, unused=1500 * 1280
+        ),
     },
 )
 """See the module. Published: 637M, as Whisper large-v3's encoder."""

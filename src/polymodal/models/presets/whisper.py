@@ -231,7 +231,8 @@ def _size(width: int, depth: int, heads: int, parameters: int, **more: Any) -> S
         "vocab_size": 51_865,
         **more,
     }
-    return Size(config, parameters, {"feature_size": config.get("num_mel_bins", 80)})
+    # The encoder's fixed table of 1,500 positions is a parameter of the published model.
+    return Size(config, parameters, {"feature_size": config.get("num_mel_bins", 80)}, unused=1500 * width)
 
 
 _V3 = {"num_mel_bins": 128, "vocab_size": 51_866}

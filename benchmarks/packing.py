@@ -21,8 +21,7 @@ from torch import Tensor
 from benchmarks import harness, shapes
 from polymodal.core.batch import Batch, Example
 from polymodal.modalities.processor import Processor
-from polymodal.modalities.text import Tokenizer
-from polymodal.modalities.text.chat import chat_format
+from polymodal.modalities.text import Tokenizer, chat_format
 from polymodal.models.backbones.decoder import supervised_index
 from polymodal.models.compose import ModelConfig, MultimodalModel, to_device
 from polymodal.models.layers.layout import Layout

@@ -16,8 +16,7 @@ from benchmarks.harness import ROOT
 from polymodal.core.batch import Example, Plan
 from polymodal.core.parts import Text
 from polymodal.core.samples import Message, Sample
-from polymodal.modalities.text import Tokenizer, train_bpe
-from polymodal.modalities.text import chat_format
+from polymodal.modalities.text import Tokenizer, chat_format, train_bpe
 from polymodal.models.layers import layout as layout_module
 
 LENGTHS = (63, 116, 172, 473, 128, 82, 232, 52, 250, 178, 105, 155, 54, 52, 401, 192)

@@ -73,7 +73,9 @@ def merge_data(fusion: Any = "gated", heads: dict[str, Any] | None = None, **ent
     }
 
 
-def encoder_data(*, watched: tuple[str, ...] = (), heads: dict[str, Any] | None = None, **backbone: Any) -> dict[str, Any]:
+def encoder_data(
+    *, watched: tuple[str, ...] = (), heads: dict[str, Any] | None = None, **backbone: Any
+) -> dict[str, Any]:
     """Text, image and audio in one bidirectional transformer, or some of them beside it."""
     transformer = {"width": 16, "depth": 2, "heads": 2}
     return {

@@ -28,7 +28,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("latent", {"repeats": 2, "cross_residual": False, "cross_width": "latents"}),
     ("none", {}),
     ("encoder", {}),
-    ("encoder", {"cls": False, "token_types": False, "multiway": {"experts": {"text": "l", "image": "v", "audio": "v"}}}),
+    (
+        "encoder",
+        {"cls": False, "token_types": False, "multiway": {"experts": {"text": "l", "image": "v", "audio": "v"}}},
+    ),
     ("encoder", {"order": ["audio", "image", "text"], "input_norm": True, "pooler": True}),
     ("encoder", {"watched": ["image"], "transformer": {"width": 16, "depth": 2, "heads": 2, "pre_norm": False}}),
 ]
@@ -93,7 +96,9 @@ def toy_of(case: tuple[str, dict[str, Any]], seed: int = 0) -> tuple[Toy, list[S
 def result(toy: Toy, samples: list[Sample]) -> list[torch.Tensor]:
     """Per sample, everything that the model says of it, in one vector."""
     use = toy.config.backbone.use
-    outputs = toy.network(toy.batch(samples), ({**dict.fromkeys(CAUSAL, "sequence"), "none": "embed"}.get(use, "merge"),))
+    outputs = toy.network(
+        toy.batch(samples), ({**dict.fromkeys(CAUSAL, "sequence"), "none": "embed"}.get(use, "merge"),)
+    )
     if use in ("merge", "encoder", "latent"):
         return list(outputs.merged)
     if use in CAUSAL:

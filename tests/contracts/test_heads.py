@@ -70,7 +70,8 @@ def tensors(outputs: Outputs) -> dict[str, torch.Tensor]:
     found = {name: getattr(outputs, name) for name in ("token_logits", "class_logits", "match_logits", "scale", "bias")}
     found |= {f"embeddings.{name}": vectors for name, (vectors, _) in outputs.embeddings.items()}
     found |= {} if outputs.ctc is None else {"ctc": outputs.ctc.logits}
-    found |= {"predictions": token.predictions for token in outputs.tokens.values()}
+    for token in outputs.tokens.values():
+        found["predictions"] = token.predictions
     return {name: value for name, value in found.items() if value is not None}
 
 

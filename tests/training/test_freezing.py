@@ -76,13 +76,20 @@ def test_apply_train_with_an_adapter():
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
     assert apply_train(model, entries) == names, "a later stage goes on with the adapter"
     later = apply_train(model, parse_train(["backbone"]))
-    assert {"backbone.0.weight", "backbone.1.weight", "backbone.1.adapters.default.lora_a", "heads.text.weight"} <= later
+    assert {
+        "backbone.0.weight",
+        "backbone.1.weight",
+        "backbone.1.adapters.default.lora_a",
+        "heads.text.weight",
+    } <= later
 
 
 def test_one_adapter_entry_may_name_several_parts():
     entries = parse_train([{"part": "streams.*.encoder", "adapter": "lora"}])
     names = apply_train(Model(), entries)
-    assert names == {f"streams.{s}.encoder.0.adapters.default.lora_{leaf}" for s in ("image", "image_detail") for leaf in "ab"}
+    assert names == {
+        f"streams.{s}.encoder.0.adapters.default.lora_{leaf}" for s in ("image", "image_detail") for leaf in "ab"
+    }
 
 
 @pytest.mark.parametrize(

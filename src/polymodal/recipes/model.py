@@ -225,10 +225,26 @@ class Model:
         return np.concatenate([*found, np.zeros(0, np.float32)]).astype(np.float32)
 
     @overload
-    def transcribe(self, parts: Part, **options: Any) -> str: ...
+    def transcribe(
+        self,
+        parts: Part,
+        *,
+        language: str | None = None,
+        task: Task = "transcribe",
+        timestamps: bool = False,
+        batch_size: int = 8,
+    ) -> str: ...
 
     @overload
-    def transcribe(self, parts: Sequence[Part], **options: Any) -> list[str]: ...
+    def transcribe(
+        self,
+        parts: Sequence[Part],
+        *,
+        language: str | None = None,
+        task: Task = "transcribe",
+        timestamps: bool = False,
+        batch_size: int = 8,
+    ) -> list[str]: ...
 
     def transcribe(
         self,
@@ -312,7 +328,7 @@ class Model:
                 # Processors of several modalities look for it in a file of its own.
                 (Path(out) / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
             instruction = self.recipe.model.instruction_stream
-            if instruction in self.text_tokenizers:
+            if instruction is not None and instruction in self.text_tokenizers:
                 beside = Path(out) / "qformer_tokenizer"
                 beside.mkdir()
                 write_tokenizer(self.text_tokenizers[instruction], beside)

@@ -32,5 +32,16 @@ class NoBackboneConfig(Config):
     use: Literal["none"] = "none"
 
 
-BACKBONES: Table[Config] = Table("backbone", [EncoderBackboneConfig, DecoderConfig, EncoderDecoderConfig, TransformersDecoderConfig, MergeConfig, LatentConfig, NoBackboneConfig])
+BACKBONES: Table[Config] = Table(
+    "backbone",
+    [
+        EncoderBackboneConfig,
+        DecoderConfig,
+        EncoderDecoderConfig,
+        TransformersDecoderConfig,
+        MergeConfig,
+        LatentConfig,
+        NoBackboneConfig,
+    ],
+)
 """Every backbone by name."""

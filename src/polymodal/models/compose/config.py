@@ -192,10 +192,11 @@ class ModelConfig(Config):
         for giver in givers:
             width = self.streams[giver].encoder.width
             for name in readers:
-                if self.streams[name].connector.width != width or self.streams[giver].modality != "text":
+                connector: Any = self.streams[name].connector
+                if connector.width != width or self.streams[giver].modality != "text":
                     raise ValueError(
                         f"streams.{giver}: found {self.streams[giver].modality} of width {width}, expected text of "
-                        f"width {self.streams[name].connector.width}, that of the connector of {name!r}"
+                        f"width {connector.width}, that of the connector of {name!r}"
                     )
 
     def _check_latent(self) -> None:

@@ -490,7 +490,7 @@ def _tokens_width(config: ModelConfig, stream: str, entered: int | None) -> int 
 
 
 def _with_vocabulary(stream: StreamConfig, vocab_size: int) -> StreamConfig:
-    """A text encoder's vocabulary is the tokenizer's; no recipe types it, unless the stream has a tokenizer of its own."""
+    """A text encoder's vocabulary is the tokenizer's and never typed, unless the stream has a tokenizer of its own."""
     reader = stream.reader
     if stream.modality != "text" or getattr(reader, "tokenizer", None) is not None or getattr(reader, "bytes", False):
         return stream

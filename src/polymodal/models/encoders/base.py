@@ -18,7 +18,6 @@ from polymodal.core.errors import ConfigError
 from polymodal.modalities.reader import ReaderConfig
 from polymodal.models.layers import Activation, TransformerConfig
 
-
 Pool = Literal["mean", "max"]
 """How valid features become one vector, per channel."""
 
@@ -120,7 +119,7 @@ class Encoder(nn.Module, ABC):
         """
 
     def codes(self, values: Tensor, lengths_U: Tensor) -> Tensor:
-        """The discrete code of each feature, int64 ``[U, N]``: the largest of its values, for encoders that are codecs."""
+        """The discrete code of each feature, int64 ``[U, N]``: its largest value, for encoders that are codecs."""
         features: Features = self(values, lengths_U)
         return features.x_UND.argmax(-1)
 

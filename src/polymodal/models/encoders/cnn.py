@@ -95,6 +95,7 @@ class ResidualBlock(nn.Module):
 class Cnn(Encoder):
     """See :class:`CnnConfig`."""
 
+    config: CnnConfig
     positions_ND: Tensor
 
     def __init__(self, config: CnnConfig) -> None:

@@ -73,8 +73,8 @@ class CnnTemporalConfig(EncoderConfig):
 class TemporalMix(nn.Module):
     """``x + gain * relu(norm(conv over frames t-1, t, t+1)))`` at each place; frames outside the video count as zeros.
 
-    The gain starts near zero: at first every frame is seen almost as an image, so that the weights of an image network of the
-    same widths are a good start (inflation, arXiv 1705.07750, section 2.3).
+    The gain starts near zero: at first every frame is seen almost as an image, so that the weights of an image network
+    of the same widths are a good start (inflation, arXiv 1705.07750, section 2.3).
 
     Args:
         channels: ``C``.

@@ -20,8 +20,8 @@ from polymodal.models.encoders.pixels import PixelsConfig
 from polymodal.models.encoders.point_groups import PointGroupsConfig
 from polymodal.models.encoders.pointnet import PointnetConfig
 from polymodal.models.encoders.pointnet_aligned import PointnetAlignedConfig
-from polymodal.models.encoders.resnet import ResnetConfig
 from polymodal.models.encoders.quantised import QuantisedConfig
+from polymodal.models.encoders.resnet import ResnetConfig
 from polymodal.models.encoders.sensor_patch import SensorPatchConfig
 from polymodal.models.encoders.space_time import SpaceTimeConfig
 from polymodal.models.encoders.spectrum import SpectrumConfig
@@ -32,8 +32,8 @@ from polymodal.models.encoders.tubelet import TubeletConfig
 from polymodal.models.encoders.vit import VitConfig
 from polymodal.models.encoders.vit_frames import VitFramesConfig
 from polymodal.models.encoders.wav2vec2 import Wav2Vec2Config
-from polymodal.models.encoders.whisper_pooled import WhisperPooledConfig
 from polymodal.models.encoders.whisper import WhisperConfig
+from polymodal.models.encoders.whisper_pooled import WhisperPooledConfig
 
 ENCODERS: Table[EncoderConfig] = Table(
     "encoder",

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from polymodal.core.config import Config, Table
 from polymodal.core.errors import ConfigError
-from polymodal.models.layers.attention import Memory
 from polymodal.models.layers.layout import Layout
+from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.transformer import Transformer, TransformerConfig
 
 Tokens = Mapping[str, Tensor]

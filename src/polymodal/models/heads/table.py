@@ -12,8 +12,8 @@ from polymodal.models.heads.masked_token import MaskedTokenConfig, MaskedTokenHe
 from polymodal.models.heads.matching import MatchingConfig, MatchingHead
 from polymodal.models.heads.next_token import NextTokenConfig, NextTokenHead
 from polymodal.models.heads.pooler import PoolerConfig
-from polymodal.models.heads.prompted_pairs import PromptedPairsConfig
 from polymodal.models.heads.projection import ProjectionConfig, ProjectionHead
+from polymodal.models.heads.prompted_pairs import PromptedPairsConfig
 
 __all__ = [
     "HEADS",
@@ -39,7 +39,9 @@ HEADS: Table[HeadConfig] = Table(
         ClassConfig,
         MatchingConfig,
         CtcConfig,
-        MaskedPatchesConfig, PromptedPairsConfig, QueryTokenConfig,
+        MaskedPatchesConfig,
+        PromptedPairsConfig,
+        QueryTokenConfig,
         MaskedTokenConfig,
         PoolerConfig,
     ],

@@ -19,8 +19,8 @@ class Size:
         config: its ``config.json``, as far as it differs from the library's defaults.
         parameters: its number of parameters, shared ones once.
         preprocessor: its ``preprocessor_config.json``.
-        unused: how many of the parameters are none of ours: what comes after the layer whose features are read, and fixed
-            tables of positions.
+        unused: how many of the parameters are none of ours: what comes after the layer whose features are read, and
+            fixed tables of positions.
     """
 
     config: Mapping[str, Any]
@@ -81,7 +81,9 @@ class Architecture:
 
     def reads(self, configs: HubConfigs) -> bool:
         """Whether it reads a checkpoint of these configs."""
-        return configs.model_type in self.model_types and (not self.classes or bool({*configs.classes} & {*self.classes}))
+        return configs.model_type in self.model_types and (
+            not self.classes or bool({*configs.classes} & {*self.classes})
+        )
 
     def model(self, configs: HubConfigs) -> ModelConfig:
         """The model of a checkpoint's configs.

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from polymodal.core.config import unknown
 from polymodal.core.errors import ConfigError
+from polymodal.models.presets.albef import ALBEF
 from polymodal.models.presets.architecture import Architecture, Size
+from polymodal.models.presets.beit3 import BEIT3
 from polymodal.models.presets.bert import BERT
 from polymodal.models.presets.blip import BLIP
 from polymodal.models.presets.blip2 import BLIP2
-from polymodal.models.presets.albef import ALBEF
-from polymodal.models.presets.beit3 import BEIT3
 from polymodal.models.presets.blip_retrieval import BLIP_RETRIEVAL
 from polymodal.models.presets.clap import CLAP
 from polymodal.models.presets.clip import CLIP
 from polymodal.models.presets.dinov2 import DINOV2
 from polymodal.models.presets.eva import EVA
-from polymodal.models.presets.gpt2 import GPT2
 from polymodal.models.presets.flava import FLAVA
+from polymodal.models.presets.gpt2 import GPT2
 from polymodal.models.presets.hubert import HUBERT
 from polymodal.models.presets.i3d import I3D
 from polymodal.models.presets.idefics import IDEFICS
@@ -27,6 +27,7 @@ from polymodal.models.presets.llava import LLAVA
 from polymodal.models.presets.llava_next import LLAVA_NEXT
 from polymodal.models.presets.llava_onevision import LLAVA_ONEVISION
 from polymodal.models.presets.minigpt4 import MINIGPT4
+from polymodal.models.presets.open_clip import OPEN_CLIP
 from polymodal.models.presets.opt import OPT
 from polymodal.models.presets.patchtst import PATCHTST
 from polymodal.models.presets.perceiver import PERCEIVER
@@ -35,7 +36,6 @@ from polymodal.models.presets.pointnet import POINTNET
 from polymodal.models.presets.qwen import QWEN2, QWEN3
 from polymodal.models.presets.qwen2_audio import QWEN2_AUDIO
 from polymodal.models.presets.qwen2_audio_tower import QWEN2_AUDIO_TOWER
-from polymodal.models.presets.open_clip import OPEN_CLIP
 from polymodal.models.presets.resnet import RESNET
 from polymodal.models.presets.siglip import SIGLIP
 from polymodal.models.presets.t5 import T5
@@ -86,12 +86,7 @@ _ALL: tuple[Architecture, ...] = (
     BLIP_RETRIEVAL,
     BERT,
     WORD_VECTORS,
-    *(language.architecture() for language in (LLAMA,
-    MISTRAL,
-    QWEN2,
-    QWEN3,
-    GPT2,
-    OPT)),
+    *(language.architecture() for language in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, OPT)),
     POINTNET,
     POINT_BERT,
     PERCEIVER,

@@ -29,7 +29,7 @@ class Consolidation(ObjectiveConfig):
     """
 
     use: Literal["ewc"] = "ewc"
-    needs: ClassVar[Pass | None] = None  # type: ignore[assignment,misc]
+    needs: ClassVar[Pass | None] = None  # type: ignore[assignment]
     stage: str
     run: str | None = None
     samples: int = Field(default=200, ge=1)

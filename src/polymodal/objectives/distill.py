@@ -5,8 +5,8 @@ Legend: ``K`` rows that are compared, ``C`` classes or vocabulary, ``I`` items, 
 
 from __future__ import annotations
 
-import itertools
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Distill(ObjectiveConfig):
                     f"{theirs_IE.shape[1]}; expected the same, or match: similarity"
                 )
             return (mine_IE - theirs_IE).square().sum(1).mean()
-        return divergence(*(_likeness(x_IE, self.temperature) for x_IE in (mine_IE, theirs_IE)), 1.0)
+        return divergence(_likeness(mine_IE, self.temperature), _likeness(theirs_IE, self.temperature), 1.0)
 
 
 def divergence(mine_KC: Tensor, theirs_KC: Tensor, temperature: float) -> Tensor:
@@ -133,10 +133,10 @@ def _likeness(x_IE: Tensor, temperature: float) -> Tensor:
     return (unit_IE @ unit_IE.T / temperature).gather(1, others)
 
 
-def teachers_of(objectives: object) -> dict[str, set[Pass]]:
+def teachers_of(objectives: Iterable[Any]) -> dict[str, set[Pass]]:
     """Teachers that objectives learn from, and the passes that they need of each."""
     found: dict[str, set[Pass]] = {}
-    for entry in itertools.chain(objectives):  # type: ignore[call-overload]
+    for entry in objectives:
         if isinstance(entry.config, Distill):
             found.setdefault(entry.config.teacher, set()).add(entry.config.needs)
     return found

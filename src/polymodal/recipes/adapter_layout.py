@@ -95,15 +95,15 @@ def _joined(
     """Leaves of a hub module's update, its rank and its alpha."""
     config = adapters[0].config
     if isinstance(adapters[0], EmbeddingLoRA):
-        leaves = {"lora_embedding_A": adapters[0].lora_a, "lora_embedding_B": adapters[0].lora_b}
-        return leaves, (config.rank, _plain(config.alpha))
+        pair: dict[str, Tensor] = {"lora_embedding_A": adapters[0].lora_a, "lora_embedding_B": adapters[0].lora_b}
+        return pair, (config.rank, _plain(config.alpha))
     whole, of = places[0].of == len(places), places[0].of
     if isinstance(adapters[0], DoRA) and not whole:
         raise ConfigError(
             f"{where}: the hub fuses {of} layers into {places[0].module}, and a DoRA stands on {len(places)} of them; "
             "expected all or none"
         )
-    leaves = {}
+    leaves: dict[str, Tensor] = {}
     if of == 1 or (whole and all(torch.equal(a.lora_a, adapters[0].lora_a) for a in adapters)):
         leaves["lora_A.weight"] = adapters[0].lora_a
         leaves["lora_B.weight"] = torch.cat([a.lora_b for a in adapters])
@@ -123,7 +123,7 @@ def _joined(
             start = end
         leaves["lora_B.weight"] = joined
     if isinstance(adapters[0], DoRA):
-        leaves["lora_magnitude_vector"] = torch.cat([a.magnitude for a in adapters])  # type: ignore[attr-defined]
+        leaves["lora_magnitude_vector"] = torch.cat([a.magnitude for a in adapters if isinstance(a, DoRA)])
     return leaves, (rank, _plain(alpha))
 
 
@@ -175,7 +175,7 @@ def _virtual(adapter: Prompt | Prefix) -> Files:
 def _bottleneck(adapters: Mapping[str, Adapter]) -> Files:
     """The hub has no layout for these: ours, under our names."""
     first = next(iter(adapters.values())).config
-    tensors = {
+    tensors: dict[str, Tensor] = {
         f"{PREFIX}{path}.{leaf}": tensor
         for path, adapter in adapters.items()
         for leaf, tensor in adapter.named_parameters()

@@ -89,7 +89,7 @@ class Pruner:
         sizes = {name: weight.abs() * self.masks[name] for name, weight in self.weights.items()}
         if self.config.scope == "global":
             flat = torch.cat([size.reshape(-1) for size in sizes.values()])
-            chosen = _largest(flat, share).split([size.numel() for size in sizes.values()])
+            chosen = torch.split(_largest(flat, share), [size.numel() for size in sizes.values()])
             self.masks = {name: mask.view_as(sizes[name]) for name, mask in zip(sizes, chosen, strict=True)}
             return
         self.masks = {name: _largest(size.reshape(-1), share).view_as(size) for name, size in sizes.items()}

@@ -43,7 +43,7 @@ def apply_adapter(module: nn.Module, config: AdapterConfig, name: str = DEFAULT,
         target = modules[path]
         if not (isinstance(target, Adapted) and name in target.adapters):
             attach(target, name, config.build(target, path))
-    trained = {id(p) for path in chosen for p in modules[path].adapters[name].parameters()}  # type: ignore[union-attr,index]
+    trained = {id(p) for path in chosen for p in modules[path].adapters[name].parameters()}
     for parameter in module.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     return chosen

@@ -92,7 +92,7 @@ class VirtualCache(KVCache):
 class AdaptedDecoder(Adapted, Decoder):
     """A decoder that reads virtual tokens before every sequence: packed, padded, cached or not."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None, memory: Memory | None = None
     ) -> Tensor:
         """See :meth:`Decoder.forward`.

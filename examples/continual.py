@@ -4,7 +4,7 @@ A model learns to name the colour in a picture. Then it learns to name a movemen
 without any picture. Trained plainly, the second task takes the shared weights away from the first. Elastic weight
 consolidation holds each of them as firmly as the pictures need it, and both tasks stand.
 
-    python examples/continual.py    # three seeds
+    python examples/continual.py    # three seeds: 70 CPU seconds
 """
 
 from __future__ import annotations

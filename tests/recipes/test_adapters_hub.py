@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.core.parts import Image
+from polymodal.inference.quantised import num_bytes
 from polymodal.models.adapters import adapter_names, adapter_parameters, apply_adapter
 from polymodal.models.adapters.lora import LoRAConfig
 from polymodal.models.layers.layout import Layout
@@ -253,6 +254,32 @@ def test_a_run_exports_what_its_adapters_learned(run: Path, tmp_path: Path) -> N
     path = "base_model.model.backbone.transformer.blocks.0.attention.q_proj"
     assert sorted(out) == [f"{path}.lora_A.weight", f"{path}.lora_B.weight"]
     assert {t.sum().item() for t in merged.values()} == {t.sum().item() for t in out.values()}
+
+
+def test_the_command_writes_them_too(run: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from polymodal.apps.cli import app
+
+    arguments = ["export", str(run), "--out", str(tmp_path / "out"), "--format", "adapter", "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "two.prompt" / "adapter_config.json").is_file()
+    wrong = CliRunner().invoke(app, ["export", str(run), "--out", str(tmp_path / "x"), "--format", "onnx"])
+    assert wrong.exit_code != 0 and "expected hub or adapter" in " ".join(wrong.output.split())
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_a_run_loads_in_fewer_bits_with_its_adapters(weights: str, run: Path) -> None:
+    if weights != "bf16":
+        pytest.importorskip("torchao")
+    asked = [Image(PICTURE), "What is it?"]
+    exact, small = load(run), load(run, weights=weights)
+    assert adapter_names(small.network) == adapter_names(exact.network)
+    assert num_bytes(small.network) < num_bytes(exact.network)
+    one, other = exact.logits(asked), small.logits(asked)
+    assert np.linalg.norm(one - other) / np.linalg.norm(one) < 0.25
+    assert small.chat(*asked, max_new_tokens=3).prompt_tokens > 0
 
 
 def test_a_run_without_adapters_says_so(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from benchmarks.harness import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-ORDER = ("packing", "feature_cache", "trainer", "mfu", "loader", "start", "checkpoint", "generation")
+ORDER = ("packing", "feature_cache", "trainer", "mfu", "loader", "start", "checkpoint", "generation", "dropping")
 
 
 def newest(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     """Per benchmark the figures of its last date; files of ``--quick`` runs are passed over."""
     found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("*-????-??-??.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
         held = found.get(data["name"])
         if not data["quick"] and (held is None or data["date"] >= held["date"]):

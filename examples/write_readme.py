@@ -11,7 +11,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 START, END = "<!-- results -->", "<!-- end of results -->"
-ORDER = ("hub", "missing", "interaction", "reliability", "ambiguity", "continual")
+ORDER = ("hub", "missing", "interaction", "reliability", "ambiguity", "continual", "bootstrapping")
 
 
 def section(result: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ on models without memory. A test compares the page in the repository with what t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -38,9 +39,9 @@ recipe, and `from: FOLDER` takes a part of it into another recipe.
   architecture's tests, whose number stands in brackets (random small weights, float32; the bound is 1e-4, for
   preprocessing 1e-3). "equations" stands where no reference is on the package registry: those tests hold the paper's
   shapes and equations. ALBEF is compared with an assembly of the reference's parts (bound 2e-4).
-- LoRA and the other adapters go onto any of them by pattern. What is not here comes in through `{use: transformers}`
-  as an encoder or a backbone; `tests/models/test_transformers_decoder.py` and `test_transformers_encoder.py` hold it to
-  the reference for 14 language models and 12 towers.
+- LoRA and the other adapters go onto any of them by pattern.
+- *also by the library*: `{use: transformers}` is held to the reference for this `model_type` as well, as a backbone or
+  as an encoder. The last table lists those that come in this way alone; others may, but no test holds them.
 - *parameters*: of the published checkpoint, shared ones once; *built*: counted on the model that the preset builds.
   They differ where a tower's features are read before its last block (what comes after is not built, and an export
   copies it), and where a fixed table of positions is counted as a parameter (Whisper).
@@ -77,15 +78,29 @@ def count(architecture: Architecture, size: Size) -> int:
         return num_parameters(MultimodalModel(model, rows))
 
 
+def by_the_library() -> dict[str, str]:
+    """Each ``model_type`` that ``{use: transformers}`` is tested with, and what it is there: the tests' own tables."""
+    spec = importlib.util.spec_from_file_location("adapter_references", ROOT / "tests" / "adapter_references.py")
+    assert spec is not None and spec.loader is not None
+    cases = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    towers = {kind: f"encoder ({modality})" for kind, (modality, *_) in cases.TOWERS.items()}
+    return dict.fromkeys(cases.LANGUAGE, "backbone") | towers
+
+
 def page(parity: dict[str, Any]) -> str:
     """The whole page."""
-    lines = [_HEAD, "| architecture | reads `model_type` | source | parity |", "| --- | --- | --- | --- |"]
+    library, native = by_the_library(), set()
+    columns = "| architecture | reads `model_type` | source | parity | also by the library |"
+    lines = [_HEAD, columns, "| --- | --- | --- | --- | --- |"]
     for architecture in ARCHITECTURES.values():
         module = architecture.to_model.__module__.rsplit(".", 1)[-1]
         found = parity.get(module)
         figure = "equations" if found is None else f"{found['worst']:.1e} ({found['comparisons']})"
         kinds = ", ".join(f"`{kind}`" for kind in architecture.model_types)
-        lines.append(f"| `{architecture.name}` | {kinds} | {architecture.source} | {figure} |")
+        both = ", ".join(library[kind] for kind in architecture.model_types if kind in library)
+        native |= {*architecture.model_types}
+        lines.append(f"| `{architecture.name}` | {kinds} | {architecture.source} | {figure} | {both or '-'} |")
     lines += ["", "| published size | architecture | parameters | built |", "| --- | --- | --- | --- |"]
     for architecture in ARCHITECTURES.values():
         for name, size in architecture.sizes.items():
@@ -95,6 +110,8 @@ def page(parity: dict[str, Any]) -> str:
                     f"{name}: {built:,} parameters built, {size.unused:,} unused, {size.parameters:,} published"
                 )
             lines.append(f"| `{name}` | `{architecture.name}` | {size.parameters:,} | {built:,} |")
+    lines += ["", "| by the library alone: `model_type` | as |", "| --- | --- |"]
+    lines += [f"| `{kind}` | {role} |" for kind, role in sorted(library.items()) if kind not in native]
     return "\n".join(lines) + "\n"
 
 

@@ -129,7 +129,8 @@ def build(data: dict[str, Any], *, seed: int = 0, **processor: Any) -> Toy:
     chat = chat_format(backbone.chat) if isinstance(backbone, CausalConfig) else None
     words = tokenizer(chat.name if chat else "turns")
     if any(head.use == "masked_token" for head in config.heads.values()):
-        words = train_bpe(TEXTS, 300, ("<|mask|>",))
+        is_framed = any(getattr(entry.reader, "add_special", False) for entry in config.streams.values())
+        words = train_bpe(TEXTS, 300, (*(chat.controls if chat else ()), "<|mask|>"), framed=is_framed)
     layouts = {
         name: StreamLayout(
             reader=build_reader(entry.reader, Limits(), words),

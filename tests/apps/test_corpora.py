@@ -2,8 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_runs import make_data, make_run
+from typer.testing import CliRunner
 
 from polymodal.apps import corpora
+from polymodal.apps.cli import app
 from polymodal.core.errors import ConfigError, DataError
 from polymodal.core.parts import MODALITIES
 from polymodal.data.sources import open_source
@@ -121,3 +124,24 @@ def test_inspect_names_what_is_broken(tmp_path, capsys):
 def test_inspect_of_nothing_is_an_error(tmp_path):
     with pytest.raises(DataError):
         corpora.inspect(tmp_path / "none.jsonl", decode=False, as_json=False)
+
+
+def test_capfilt_writes_and_judges_with_runs(tmp_path, capsys):
+    data = make_data(tmp_path / "scenes")
+    run = make_run(tmp_path / "run", data)
+    lines = [json.loads(line) for line in (data / "train/views.jsonl").read_text(encoding="utf-8").splitlines()]
+    pictures = [line for line in lines if "image" in line["views"]][:4]
+    (data / "train/pictures.jsonl").write_text("\n".join(map(json.dumps, pictures)) + "\n", encoding="utf-8")
+    out, arguments = tmp_path / "out.jsonl", ["data", "capfilt", str(data / "train/pictures.jsonl")]
+    options = ["--filter", str(run), "--captioner", str(run), "--threshold", "-1", "--top-p", "0.9", "--json"]
+    result = CliRunner().invoke(app, [*arguments, str(out), *options])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["judged_by"] == "similarity" and report["threshold"] == -1 and report["samples"] == 4
+    assert report["kept"]["original"] == 4
+    kept = open_source(out)
+    assert {kept[i].meta["caption"] for i in range(len(kept))} <= {"original", "synthetic"}
+    again = CliRunner().invoke(app, [*arguments, str(out), "--filter", str(run)])
+    assert again.exit_code != 0
+    told = CliRunner().invoke(app, [*arguments, str(tmp_path / "b.jsonl"), "--filter", str(run), "--threshold", "-1"])
+    assert told.exit_code == 0 and "kept from a similarity of -1.000 on" in told.output

@@ -88,3 +88,16 @@ def test_presets_are_listed_and_shown() -> None:
     assert [preset["name"] for preset in listed] == preset_names()
     assert all(name in call("presets", "list").stdout for name in preset_names())
     assert call("presets", "show", "quickstart").stdout == preset_text("quickstart")
+
+
+def test_a_run_is_measured_on_the_tasks_of_its_recipe(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    task = yaml.safe_dump([{"use": "questions", "name": "own", "data": "questions.jsonl", "limit": 2}])
+    recipe = place / "sound.yaml"
+    assert call("train", recipe, "stages.tune.steps=1", f"evaluate={task}", "--out", out, "--json").exit_code == 0
+    (report,) = json.loads(call("evaluate", out, "--json").stdout)["tasks"]
+    assert (report["task"], report["overall"]["score"]["n"]) == ("own", 2)
+    assert call("train", recipe, "stages.tune.steps=1", "--out", tmp_path / "bare", "--json").exit_code == 0
+    refused = call("evaluate", tmp_path / "bare")
+    assert refused.exit_code != 0
+    assert "names no task under 'evaluate'" in str(refused.exception) + refused.output

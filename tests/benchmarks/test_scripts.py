@@ -142,3 +142,9 @@ def test_ratios_are_taken_round_by_round():
     assert harness.ratios(fast, slow) == [2.0, 2.0, 2.0]
     assert harness.cpu_ratios(fast, slow) == [2.0, 2.0, 2.0]
     assert harness.cpu_ratio([slow, fast], "fast", "slow") == 2.0
+
+
+def test_dropping(tmp_path):
+    data = run("dropping", tmp_path)
+    saved = list(column(data, "saved by the equation").values())
+    assert saved[0] == "0.0%" and 0 < float(saved[1][:-1]) < float(saved[2][:-1]) < 100

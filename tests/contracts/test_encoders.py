@@ -127,6 +127,21 @@ def test_counts_shapes_and_masks_are_exact(case: dict[str, Any]) -> None:
 
 
 @cases
+def test_weights_in_bfloat16_compute_the_same_within_rounding(case: dict[str, Any]) -> None:
+    config, encoder = make(case)
+    values, lengths = collate(config, units(config))
+    if values.is_floating_point():
+        values = values.bfloat16().float()
+    with torch.no_grad():
+        exact = encoder(values, lengths)
+        encoder.to(torch.bfloat16)
+        out = encoder(values.to(encoder.dtype) if values.is_floating_point() else values, lengths)
+    assert torch.equal(out.is_valid_UN, exact.is_valid_UN)
+    moved = (out.x_UND.float() - exact.x_UND).norm() / exact.x_UND.norm()
+    assert moved < 0.1, moved
+
+
+@cases
 def test_num_features_is_exact_for_every_length(case: dict[str, Any]) -> None:
     config, encoder = make(case)
     for length in range(1, 3 if fixed(config) else 26):

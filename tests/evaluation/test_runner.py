@@ -244,3 +244,26 @@ def test_damaged_predictions_are_named(tmp_path):
             rescore(path)
     with pytest.raises(DataError, match="cannot be read"):
         rescore(tmp_path / "none")
+
+
+def test_families_are_chosen(tmp_path):
+    data = str(write_questions(tmp_path))
+    report = evaluate(Reader(), QuestionsTask(data=data, max_new_tokens=7, families=("colour",)))
+    assert [row.family for row in report.rows] == ["colour"] and report.overall.score.n == 30
+    with pytest.raises(DataError, match=r"has no questions of the family 'size'; expected some of each: families"):
+        evaluate(Reader(), QuestionsTask(data=data, families=("colour", "size")))
+
+
+def test_the_best_of_several_vectors_counts(tmp_path):
+    class Several(Reader):
+        """Each picture has a vector that says nothing, and one that says its colour; texts have one."""
+
+        def embed(self, parts):
+            one = super().embed(parts)
+            if isinstance(parts[0], Text):
+                return one
+            return np.stack([np.tile(np.eye(4, dtype=np.float32)[3], (len(parts), 1)), one], axis=1)
+
+    for query, target in (("image", "text"), ("text", "image")):
+        task = RetrievalTask(data=str(write_views(tmp_path)), query=query, target=target, positives="label")
+        assert evaluate(Several(), task).overall.score.value == evaluate(Reader(), task).overall.score.value == 1.0

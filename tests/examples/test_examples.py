@@ -11,7 +11,7 @@ import polymodal as pm
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-NAMES = ("hub", "missing", "interaction", "reliability", "ambiguity", "continual")
+NAMES = ("hub", "missing", "interaction", "reliability", "ambiguity", "continual", "bootstrapping")
 
 
 @pytest.fixture

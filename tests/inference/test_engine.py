@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections import Counter, OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from toys import Toy, asked, build, decoder_data, medium, merge_data, stream
 
+from polymodal.core.batch import Plan, Span
 from polymodal.core.errors import ConfigError, SampleError
 from polymodal.core.parts import Image, Media, Text
 from polymodal.core.samples import Message, Sample, conversation
 from polymodal.inference.engine import Engine, Generation
-from polymodal.inference.prefix import identity
+from polymodal.inference.prefix import PrefixCache, identity, usable_start
 from polymodal.inference.sampling import Sampling
 from polymodal.models.compose import to_device
+from polymodal.models.layers.cache import KVCache
 
 GREEDY = Sampling(max_new_tokens=12)
 
@@ -285,3 +288,42 @@ def test_media_are_read_from_headers_before_anything_is_decoded() -> None:
     with pytest.raises(SampleError, match=r"sample request: .*nowhere\.png"):
         engine.generate([conversation(Image("nowhere.png"), "What?")], GREEDY)
     assert issubclass(Image, Media)
+
+
+def test_the_tree_finds_what_a_search_of_all_entries_finds() -> None:
+    rng = random.Random(0)
+    cache = PrefixCache(40 * KVCache(1, 1, 1, 4, 1).num_bytes)
+    held: OrderedDict[tuple[int, ...], int] = OrderedDict()
+    for turn in range(600):
+        own = tuple(rng.randrange(2) for _ in range(rng.randint(2, 12)))
+        start = rng.randint(0, len(own) - 1)
+        span = Span("image", 0, start, rng.randint(1, len(own) - start))
+        plan = Plan("p", list(own), [False] * len(own), [span], {})
+        best, expected = 0, None
+        for other in reversed(held):
+            same = next(
+                (i for i, (a, b) in enumerate(zip(own, other, strict=False)) if a != b), min(len(own), len(other))
+            )
+            if usable_start(plan, same) > best:
+                best, expected = usable_start(plan, same), other
+        reused, found = cache.find(plan, own)
+        assert reused == best
+        if expected is not None:
+            assert found is not None and found.turn == held[expected]
+            held.move_to_end(expected)
+        made = KVCache(1, 1, 1, 16, 1)
+        made.begin(len(own))
+        made.end(len(own), None)
+        cache.put(own, made)
+        cache._entries[own].turn = turn
+        held.pop(own, None)
+        held[own] = turn
+        size = sum(entry.num_bytes for entry in cache._entries.values())
+        assert cache.num_bytes == size <= cache.max_bytes
+        while len(held) > len(cache):
+            held.popitem(last=False)
+        assert list(held) == list(cache._entries)
+    places = [cache._root]
+    for place in places:
+        places += place.followed.values()
+    assert len(places) - 1 == len({own[: end + 1] for own in held for end in range(len(own))}), "nothing is left behind"

@@ -17,6 +17,8 @@ from polymodal.core.samples import Sample, conversation
 from polymodal.inference.engine import Engine, Generation
 from polymodal.inference.prefix import identity
 from polymodal.inference.sampling import Sampling
+from polymodal.modalities.image import ImageReaderConfig
+from polymodal.modalities.image.reader import ImageReader, most_varied
 from polymodal.modalities.video import VideoReaderConfig
 from polymodal.modalities.video.reader import VideoReader, most_changed
 
@@ -176,3 +178,51 @@ def test_frames_that_change_are_taken() -> None:
     assert most_changed(np.zeros((2, 3, 1, 1), np.float32), 5).tolist() == [0, 1]
     short = Video(np.zeros((3, 16, 16, 3), np.uint8), fps=2.0)
     assert reader.measure(short) == (3,) and len(reader.read(short).units[0]) == 3
+
+
+@pytest.fixture(scope="module")
+def by_content() -> Toy:
+    data = decoder_data()
+    reader = {"use": "image", "size_px": 16, "resolution": "tiles", "max_tiles": 6, "tiles_by": "content"}
+    data["streams"]["image"] = stream("image", reader=reader)
+    return build(data)
+
+
+def test_plain_tiles_go_first_and_the_budget_is_kept(by_content: Toy) -> None:
+    pixels = np.full((32, 48, 3), 90, np.uint8)
+    rng = np.random.default_rng(0)
+    pixels[:16, 32:] = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    pixels[16:, :16] = rng.integers(60, 120, (16, 16, 3), dtype=np.uint8)
+    whole = by_content.processor.load(by_content.processor.plan(asking(Image(pixels)))).inputs["image"][0]
+    assert len(whole.units) == 7 and whole.grid == (2, 3)
+    plan = by_content.processor.plan(asking(Image(pixels), tokens=12))
+    assert plan.choices == ["<image ndarray> (image): 6 of 7 tiles, every 2 tokens pooled, 12 of 28 tokens"]
+    assert sum(span.length for span in plan.spans) == 12
+    kept = by_content.processor.load(plan).inputs["image"][0]
+    assert kept.grid == (1, 5) and kept.lengths == (1,) * 6
+    for mine, place in zip(kept.units, range(6), strict=True):
+        assert np.array_equal(mine, whole.units[place]), "of equally plain tiles the last one went"
+    again = by_content.processor.load(by_content.processor.plan(asking(Image(pixels), tokens=12))).inputs["image"][0]
+    assert all(np.array_equal(a, b) for a, b in zip(kept.units, again.units, strict=True))
+    config = ImageReaderConfig.parse({"size_px": 16, "resolution": "tiles", "max_tiles": 6, "keep_tiles": 2})
+    reader = ImageReader(config, Limits())
+    few = reader.read(Image(pixels))
+    assert few.lengths == reader.measure(Image(pixels)) == (1, 1, 1)
+    for mine, place in zip(few.units, (0, 3, 4), strict=True):
+        assert np.array_equal(mine, whole.units[place]), "the thumbnail, and the two tiles with something on them"
+
+
+@pytest.mark.parametrize("tokens", range(1, 29, 3))
+def test_any_budget_is_kept_by_content_as_well(by_content: Toy, tokens: int) -> None:
+    sample = asking(picture(48, 32), tokens=tokens)
+    batch = by_content.batch([sample])
+    entry = batch.streams["image"]
+    assert sum(entry.token_counts) <= tokens
+    by_content.network(batch)
+
+
+def test_equal_tiles_keep_the_first_and_other_resolutions_have_none() -> None:
+    plain, noise = np.zeros((3, 4, 4), np.float32), np.random.default_rng(0).normal(size=(3, 4, 4)).astype(np.float32)
+    assert most_varied([plain, noise, plain, noise, plain], 3) == [0, 1, 3]
+    with pytest.raises(ConfigError, match="keep_tiles and tiles_by belong to resolution: tiles; found anyres"):
+        ImageReaderConfig.parse({"resolution": "anyres", "tiles_by": "content"})

@@ -302,3 +302,18 @@ def test_a_reader_may_add_the_tokens_that_frame_a_text_and_fill_up(words: Tokeni
         assert TextReader(config, Limits(), own).read(Text(text)).units[0].tolist() == expected
     filled = config.model_copy(update={"fill": True, "add_special": False})
     assert TextReader(filled, Limits(), own).read(Text("red")).units[0].tolist() == [5, 0, 0, 0]
+
+
+def test_a_framed_tokenizer_puts_its_start_and_end_around_texts_that_ask(tmp_path):
+    framed = train_bpe(toys.TEXTS, 300, framed=True)
+    assert (framed.prefix, framed.suffix) == ([framed.control("<|start|>")], [framed.control("<|end|>")])
+    assert (framed.bos_id, framed.eos_id) == (framed.prefix[0], framed.suffix[0])
+    plain = train_bpe(toys.TEXTS, 300)
+    assert (plain.prefix, plain.suffix) == ([], []) and plain.bos_id is None
+    text = "A red <|start|> star."
+    assert framed.decode(framed.encode(text)) == text and framed.prefix[0] not in framed.encode(text)
+    framed.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (again.prefix, again.suffix, again.bos_id, again.eos_id) == (
+        framed.prefix, framed.suffix, framed.bos_id, framed.eos_id
+    )  # fmt: skip

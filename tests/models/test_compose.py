@@ -15,7 +15,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Text
 from polymodal.core.samples import Sample
 from polymodal.models.compose import ModelConfig
-from polymodal.models.compose.model import supports
+from polymodal.models.compose.readouts import supports
 
 
 @pytest.fixture(scope="module")

@@ -116,3 +116,55 @@ def test_resolved_configs_say_what_defaults_mean() -> None:
     long = {"kv_heads": 4, "head_dim": 4, "mlp_dim": 64, "qkv_bias": True, "key_bias": True}
     assert short.resolved() == TransformerConfig.parse({"width": 16, "heads": 4, **long})
     assert short.resolved() == short.resolved().resolved()
+
+
+@pytest.mark.parametrize("window_from", [0, 1, 2])
+def test_blocks_before_window_from_see_everything(window_from: int) -> None:
+    torch.manual_seed(0)
+    config = TransformerConfig(width=16, depth=2, heads=2, rope_theta=100.0, window=3, window_from=window_from)
+    stack, x = Transformer(config).eval(), torch.randn(1, 9, 16)
+    reach = []
+    for first in range(9):
+        moved = x.clone()
+        moved[0, first] = -moved[0, first]
+        with torch.no_grad():
+            layout = Layout.padded(None, causal=True)
+            differs = (stack(moved, layout) - stack(x, layout)).abs().amax(-1)[0] > 1e-6
+        reach.append(int(differs.nonzero().max()) - first)
+    # Two windows of 3 reach 4 tokens on; one block that sees everything reaches the end.
+    assert max(reach) == (4 if window_from == 0 else 8)
+    cache = stack.new_cache(1, 9)
+    with torch.no_grad():
+        parts = [stack(x[:, :4], Layout(causal=True), cache)] + [
+            stack(x[:, i : i + 1], Layout(causal=True), cache) for i in range(4, 9)
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1), stack(x, Layout.padded(None, causal=True)))
+        packed = stack(torch.cat((x, x[:, :5]), 1), Layout.packed((9, 5), causal=True))
+        torch.testing.assert_close(packed[:, :9], stack(x, Layout.padded(None, causal=True)))
+
+
+def test_long_factors_serve_texts_beyond_the_original_length() -> None:
+    factors = {"short_factors": (1.0, 1.0, 1.0, 1.0), "long_factors": (2.0, 2.0, 2.0, 2.0)}
+    scaling = RopeScaling(kind="longrope", factor=4.0, original_max_tokens=6, attention_factor=1.5, **factors)
+    plain = rope_tables(torch.arange(12)[None] / 2, 8, 100.0, torch.float32)
+    for length, expected in ((6, rope_tables(torch.arange(6)[None], 8, 100.0, torch.float32)), (12, plain)):
+        found = rope_tables(torch.arange(length)[None], 8, 100.0, torch.float32, scaling)
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other * 1.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"kind": "longrope", "factor": 2.0}}, "found 0 short_factors and 0 long_factors"),
+        ({"rope_scaling": {"kind": "linear", "factor": 2.0, "beta_fast": 8.0}}, "beta_fast: found for kind 'linear'"),
+        (
+            {"rope_scaling": {"kind": "longrope", "factor": 2, "short_factors": [1.0], "long_factors": [1.0]}},
+            "found 1 factors, expected 4",
+        ),
+        ({"window_from": 1}, "found window_from 1 without a window"),
+    ],
+)
+def test_scaling_and_windows_that_contradict_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TransformerConfig.parse({"width": 16, "depth": 2, "heads": 2, "rope_theta": 100.0, **changes})

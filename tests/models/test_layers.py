@@ -12,6 +12,7 @@ from polymodal.models.layers import (
     Memory,
     Transformer,
     TransformerConfig,
+    grid_codes,
     sincos_2d,
     sinusoidal,
 )
@@ -426,6 +427,20 @@ def test_positions() -> None:
         sincos_2d(2, 2, 10)
     with pytest.raises(ConfigError, match="found 4 positions, expected at most 3"):
         LearnedPositions(3, 8).first(4)
+
+
+def test_grid_codes_are_centred_half_as_large_as_features_and_tell_places_apart():
+    codes_ND = grid_codes(8, 96)
+    assert codes_ND.shape == (64, 96)
+    torch.testing.assert_close(codes_ND.mean(dim=0), torch.zeros(96), atol=1e-6, rtol=0)
+    torch.testing.assert_close(codes_ND.square().mean().sqrt(), torch.tensor(0.5))
+    # Rows and columns can be read off linearly, which the first steps of a decoder need.
+    for target_N in (torch.arange(64.0) // 8, torch.arange(64.0) % 8):
+        design = torch.cat((codes_ND, torch.ones(64, 1)), dim=1)
+        fitted_N = design @ torch.linalg.lstsq(design, target_N, driver="gelsd").solution
+        assert (fitted_N - target_N).abs().max() < 0.05
+    assert torch.cdist(codes_ND, codes_ND).add(torch.eye(64) * 1e3).min() > 1.0
+    assert grid_codes(1, 8).tolist() == [[0.0] * 8]
 
 
 def test_gated_mlp() -> None:

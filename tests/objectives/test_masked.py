@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from polymodal.core.passes import TokenPass
 from polymodal.core.samples import Sample
 from polymodal.objectives.masked import Caption, MaskedImage, MaskedText
 from polymodal.objectives.matching import Matching
-from polymodal.objectives.table import OBJECTIVES
+from polymodal.objectives.table import OBJECTIVES, WeightedObjective
+from polymodal.training.twin import Twin
 
 HEADS = {
     "words": {"use": "masked_token"},
@@ -104,3 +106,33 @@ def test_hard_negatives_count_each_true_pair_once() -> None:
     targets = torch.tensor([1.0] * 3 + [0.0] * 6)
     torch.testing.assert_close(report.total, F.binary_cross_entropy_with_logits(logits, targets))
     assert report.count == 9
+
+
+def test_soft_targets_are_the_twins_word_for_the_same_hidden_places() -> None:
+    toy, batch = batch_of()
+    objective = MaskedText(head="words", mask={"text": 0.4, "image": 0.4}, alpha=0.4)
+    entry = WeightedObjective("masked_text", 1.0, objective)
+    twin = Twin.of(toy.network, [entry])
+    assert twin is not None and Twin.of(toy.network, [WeightedObjective("m", 1.0, MaskedText())]) is None
+    for ours, _ in twin._followed:
+        ours.mul_(1.5)
+    torch.manual_seed(3)
+    outputs = toy.network(batch, [objective.needs])
+    twin.teach(batch, outputs, contextlib.nullcontext)
+    mine, theirs = outputs.tokens[objective.needs], outputs.teacher.tokens[objective.needs]
+    assert torch.equal(mine.targets, theirs.targets) and torch.equal(mine.samples, theirs.samples)
+    for name, (values, is_masked) in mine.shown.items():
+        assert torch.equal(values, theirs.shown[name][0]) and torch.equal(is_masked, theirs.shown[name][1])
+    p, q = mine.predictions.softmax(1), theirs.predictions.softmax(1)
+    hard = -p[torch.arange(len(p)), mine.targets].log().mean()
+    soft = (q * (q.log() - p.log())).sum(1).mean()
+    report = objective(outputs, batch)
+    torch.testing.assert_close(report.total, 0.6 * hard + 0.4 * soft)
+    torch.testing.assert_close(report.parts["twin"], soft)
+    report.total.backward()
+    assert all(p.grad is None for p in twin.network.parameters())
+    # Told by itself what it says, the model hears only what stood there: the same places give the same predictions.
+    again = toy.network(batch, [objective.needs], {objective.needs.run: mine.shown})
+    torch.testing.assert_close(again.tokens[objective.needs].predictions, mine.predictions)
+    alone = Outputs(tokens=outputs.tokens)
+    torch.testing.assert_close(objective(alone, batch).total, hard)

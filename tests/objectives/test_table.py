@@ -35,8 +35,8 @@ def full_outputs() -> Outputs:
     return outputs
 
 
-ELSEWHERE = {"distill", "ewc"}
-"""Objectives that need a teacher or an earlier stage; their promises stand in files of their own."""
+ELSEWHERE = {"distill", "ewc", "orthogonality"}
+"""Objectives that need a teacher, an earlier stage or one encoder; their promises stand in files of their own."""
 
 
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name not in ELSEWHERE])

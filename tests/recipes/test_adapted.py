@@ -20,6 +20,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Image, Video
 from polymodal.core.samples import conversation
 from polymodal.modalities.text import train_bpe
+from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import dump_recipe, load_recipe
 from polymodal.recipes.run import train
@@ -243,3 +244,22 @@ def test_a_checkpoints_tokenizer_and_chat_template_come_with_its_language_model(
     mine = pm.Model(parts).chat("What is it?", max_new_tokens=32)
     count = len(mine.tokens)
     assert list(mine.tokens) == greedy[0, len(plan.ids) :].tolist()[:count] and count > 4
+
+
+def test_what_a_folder_replaces_is_built_without_memory(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(language_model("gpt2", vocab_size=280), tmp_path / "mind")
+    backbone = {"use": "transformers", "from": str(tmp_path / "mind"), "max_tokens": 160}
+    recipe = load_recipe(recipe_of(data, stream("image"), backbone, stage(data=["captions.jsonl"])))
+    taken: list[str] = []
+    take = TransformersDecoder._take
+
+    def spied(self: TransformersDecoder, model: Any) -> None:
+        taken.append(next(model.parameters()).device.type)
+        take(self, model)
+
+    monkeypatch.setattr(TransformersDecoder, "_take", spied)
+    network = assemble(recipe).network
+    assert taken == ["meta", "cpu"], "the folder's model takes the place of one that has no weights"
+    assert {tensor.device.type for tensor in network.state_dict().values()} == {"cpu"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image as Pillow
 
 from polymodal.core.errors import DataError
 from polymodal.data.sources import open_source
+from polymodal.inference.sampling import Sampling
 from polymodal.recipes.capfilt import capfilt
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -19,6 +21,8 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 class Judge:
     """Vectors that know colours: of a picture by its pixels, of a text by its words; noise keeps pairs apart."""
+
+    can_match = False
 
     def embed(self, parts: Sequence[Any], batch_size: int = 64) -> np.ndarray:
         rows = []
@@ -34,18 +38,31 @@ class Judge:
         return np.stack([row / np.linalg.norm(row) for row in rows])
 
 
+class Matcher(Judge):
+    """A matching head: sure of what the vectors say, and a little off, so that 0.5 is where it decides."""
+
+    can_match = True
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def match(self, samples: Sequence[Any], batch_size: int = 256) -> np.ndarray:
+        self.asked.append(len(samples))
+        pairs = [(sample.views["image"], sample.views["text"].text) for sample in samples]
+        cosines = [float(self.embed([image])[0] @ self.embed([text])[0]) for image, text in pairs]
+        return np.asarray([0.9 if cosine > 0.5 else 0.1 for cosine in cosines], np.float32)
+
+
 class Writer:
     """Says the colour of every third picture wrongly."""
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
+        self.asked: list[tuple[str, Sampling]] = []
 
-    def answer(self, samples: Sequence[Any], max_new_tokens: int = 32) -> list[str]:
-        self.asked += [part.text for s in samples for part in s.messages[0].parts if part.modality == "text"]
+    def caption(self, media: Sequence[Any], request: str, sampling: Sampling) -> list[str]:
+        self.asked.append((request, sampling))
         names = list(COLOURS)
-        return [
-            f"something {names[(i + (i % 3 == 0)) % 3]}" for i in (int(sample.id.split("-")[0]) for sample in samples)
-        ]
+        return [f"something {names[(i + (i % 3 == 0)) % 3]}" for i in (int(Path(m.path).stem) for m in media)]
 
 
 @pytest.fixture
@@ -69,14 +86,16 @@ def test_wrong_texts_are_dropped_and_right_ones_kept(data, tmp_path):
     assert report.kept == {"original": 9, "synthetic": 8}
     assert report.dropped == {"original": 3, "synthetic": 4}
     assert report.num_written == 17 and seen[-1] == (12, 12)
-    assert set(writer.asked) == {"Describe this image."}
+    assert {request for request, _ in writer.asked} == {"Describe this image."}
+    assert all(sampling.temperature == 0 for _, sampling in writer.asked)
+    assert report.judged_by == "similarity"
     kept = open_source(out)
     names = list(COLOURS)
     for index in range(len(kept)):
         sample = kept[index]
         assert names[int(sample.id.split("-")[0]) % 3] in sample.views["text"].text
         assert sample.views["image"].path.is_file()
-        assert sample.meta["similarity"] >= 0.5 and sample.meta["caption"] in ("original", "synthetic")
+        assert sample.meta["fit"] >= 0.5 and sample.meta["caption"] in ("original", "synthetic")
 
 
 def test_the_threshold_is_what_few_mismatched_pairs_reach(data, tmp_path):
@@ -84,6 +103,32 @@ def test_the_threshold_is_what_few_mismatched_pairs_reach(data, tmp_path):
     strict = capfilt(data, tmp_path / "b.jsonl", None, Judge(), false_accept=0.1)
     assert loose.threshold <= strict.threshold
     assert "synthetic" not in strict.kept
+
+
+def test_a_matching_head_decides_by_itself(data, tmp_path):
+    judge, writer = Matcher(), Writer()
+    nucleus = Sampling(temperature=1.0, top_p=0.9, seed=1)
+    report = capfilt(data, tmp_path / "a.jsonl", writer, judge, request="", sampling=nucleus)
+    assert (report.judged_by, report.threshold) == ("matching", 0.5)
+    assert report.kept == {"original": 9, "synthetic": 8} and report.dropped == {"original": 3, "synthetic": 4}
+    assert writer.asked == [("", nucleus)]
+    # Pairs alone were judged, and none that nobody asked for.
+    assert sum(judge.asked) == 24
+    kept = open_source(tmp_path / "a.jsonl")
+    assert {kept[i].meta["fit"] for i in range(len(kept))} == {0.9}
+
+
+def test_a_matching_head_can_be_held_to_a_share_of_mismatches(data, tmp_path):
+    report = capfilt(data, tmp_path / "a.jsonl", None, Matcher(), false_accept=0.9)
+    assert report.threshold < 0.5 and report.kept == {"original": 12}
+
+
+def test_labels_stay_with_the_text_they_were_told_with(data, tmp_path):
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    data.write_text("\n".join(json.dumps({**line, "label": "x"}) for line in lines) + "\n")
+    capfilt(data, tmp_path / "a.jsonl", Writer(), Matcher(), threshold=0.0)
+    kept = open_source(tmp_path / "a.jsonl")
+    assert {(kept[i].meta["caption"], kept[i].label) for i in range(24)} == {("original", "x"), ("synthetic", None)}
 
 
 def test_unusable_samples_are_named(data, tmp_path):
@@ -100,6 +145,8 @@ def test_unusable_samples_are_named(data, tmp_path):
 
 
 def test_bad_requests_are_refused(data, tmp_path):
+    with pytest.raises(DataError, match="found both false_accept and threshold, expected one"):
+        capfilt(data, tmp_path / "o.jsonl", None, Judge(), false_accept=0.1, threshold=0.5)
     with pytest.raises(DataError, match="false_accept: found 2, expected a share"):
         capfilt(data, tmp_path / "o.jsonl", None, Judge(), false_accept=2)
     (tmp_path / "o.jsonl").write_text("")

@@ -84,7 +84,7 @@ def test_a_chat_format_that_hides_all_labels(root: Path, monkeypatch: pytest.Mon
 def test_view_sets_in_a_stage_that_reads_conversations(root: Path) -> None:
     stage = small_recipes.stage(data=["captions.jsonl", "views.jsonl"], train=["streams.image", "backbone"])
     found = failures(run(small_recipes.decoder_recipe(root, stage)))
-    assert "20 of 40 samples are view sets, the first is 'v0'" in found["every sample has supervised tokens"]
+    assert "20 of 40 samples are view sets, the first is ['v0']" in found["every sample has supervised tokens"]
 
 
 def test_a_chat_format_that_supervises_the_question(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,21 @@ def test_two_ways_of_learning_from_one_teacher(data: Path, teacher: Path, tmp_pa
     assert all(lines[-1][name] < lines[0][name] for name in ("place", "likeness"))
 
 
+def test_distilling_from_batches_of_conversations_and_view_sets(data: Path, teacher: Path, tmp_path: Path) -> None:
+    objectives = {
+        "says": {"use": "distill", "teacher": str(teacher)},
+        "place": {"use": "distill", "teacher": str(teacher), "match": "features"},
+    }
+    data_of = ["captions.jsonl", "views.jsonl"]
+    train_all = ["streams.*.encoder", "streams.image.connector", "backbone", "heads.space.projs"]
+    recipe = student(data, teacher, train=train_all, data=data_of, objectives=objectives, batch={"samples": 6})
+    report = check_recipe(load_recipe(recipe))
+    assert report.is_ok, report.failed
+    train(load_recipe(recipe), tmp_path / "run", quiet=True)
+    lines = small_recipes.read_lines(tmp_path / "run" / "stages" / "00-tune" / "metrics.jsonl")
+    assert all(lines[-1][name] < 0.7 * lines[0][name] for name in ("says", "place"))
+
+
 def test_a_teacher_that_reads_otherwise_is_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
     recipe = student(data, teacher)
     other = copy.deepcopy(recipe)

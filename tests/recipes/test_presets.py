@@ -58,3 +58,10 @@ def test_three_encoders_merge_three_times_512_by_cross_modal_attention() -> None
     )
     assert model.merge_streams == ["text", "image", "audio"]
     assert model.backbone.fusion["use"] == "cross_attention"
+
+
+def test_the_first_stages_of_minigpt4_are_those_of_blip2() -> None:
+    mini, blip2 = load_recipe("minigpt4"), load_recipe("blip2-scenes")
+    made = [stage for stage in blip2.stages if stage.name != "generate"]
+    assert mini.model == blip2.model and list(mini.stages[: len(made)]) == made
+    assert all([entry.part for entry in s.train] == ["streams.image.connector.out"] for s in mini.stages[len(made) :])

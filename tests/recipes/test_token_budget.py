@@ -9,7 +9,8 @@ import pytest
 from small_recipes import decoder_recipe, write_data
 
 import polymodal as pm
-from polymodal.core.errors import SampleError
+from polymodal.core.errors import ConfigError, SampleError
+from polymodal.core.samples import conversation
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import load_recipe
 
@@ -35,3 +36,22 @@ def test_one_key_in_three_places(tmp_path: Path) -> None:
         model.chat(image, sensor, "?", tokens=1)
     pieces = list(model.stream(image, sensor, "What is it?", tokens=3, max_new_tokens=2))
     assert "".join(pieces) == model.chat(image, sensor, "What is it?", tokens=3, max_new_tokens=2).text
+
+
+def test_dropping_media_tokens_in_a_recipe_and_in_a_request(tmp_path: Path) -> None:
+    data = decoder_recipe(write_data(tmp_path, 3), backbone={"transformer": {"depth": 3}})
+    model = pm.Model(assemble(load_recipe(data)))
+    image = pm.Image(tmp_path / "0.png")
+    half = {"after": 1, "share": 0.5}
+    asked = model.chat(image, "What is it?", max_new_tokens=4, drop_media=half)
+    assert asked.choices[0].startswith("2 of 4 media tokens dropped after block 1 of 3")
+    assert model.chat(image, "What is it?", max_new_tokens=4).choices == ()
+    always = pm.Model(assemble(load_recipe({**data, "drop_media": half})))
+    always.network.load_state_dict(model.network.state_dict())
+    assert always.chat(image, "What is it?", max_new_tokens=4).tokens == asked.tokens
+    sample = conversation(image, "What is it?")
+    assert always.answer([sample], 4) == model.answer([sample], 4, drop_media=half)
+    with pytest.raises(ConfigError, match="after: 3 and the backbone 'decoder' of 3 blocks"):
+        load_recipe({**data, "drop_media": {"after": 3, "share": 0.5}})
+    with pytest.raises(ConfigError, match="drop_media"):
+        model.chat(image, "?", drop_media={"after": 1, "share": 1.5})

@@ -136,3 +136,33 @@ def test_an_exported_format_renders_there_what_it_renders_here(name: str, tmp_pa
         ours = [id for run in tokenize(chat.render(messages, id="s", prompt=True), tokenizer) for id in run.ids]
         data = [{"role": role, "content": text} for role, text in given]
         assert theirs.apply_chat_template(data, add_generation_prompt=True, return_dict=False) == ours
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_stream_that_asks_for_a_start_and_an_end_gets_them(asks: bool, tmp_path: Path) -> None:
+    (tmp_path / "views.jsonl").write_text(json.dumps({"id": "a", "views": {"text": "a red star"}}) + "\n")
+    stream = {
+        "modality": "text",
+        "encoder": {"use": "embedding", "width": 16},
+        "reader": {"use": "text", "add_special": asks},
+    }
+    mine = load_recipe(
+        {
+            "name": "t",
+            "data_root": str(tmp_path),
+            "model": {
+                "streams": {"text": stream}, "backbone": {"use": "none"}, "heads": {"space": {"use": "projection"}}
+            },
+            "stages": [
+                {
+                    "name": "s", "train": ["heads"], "data": ["views.jsonl"], "objectives": {"infonce": 1.0},
+                    "batch": {"samples": 2}, "steps": 1,
+                }
+            ],
+        }
+    )  # fmt: skip
+    parts = assemble(mine)
+    ids = parts.processor.batch([pm.Sample("a", views={"text": Text("red")})]).streams["text"].values[0].tolist()
+    frame = [parts.tokenizer.prefix, parts.tokenizer.suffix]
+    assert frame == ([[parts.tokenizer.bos_id], [parts.tokenizer.eos_id]] if asks else [[], []])
+    assert ids == [*frame[0], *parts.tokenizer.encode("red"), *frame[1]]

@@ -47,7 +47,9 @@ def decays(optimizer):
 @pytest.mark.parametrize("use", OPTIMIZERS)
 def test_every_optimizer_learns_and_decays_only_matrices(use):
     model = Model()
-    optimizer = OPTIMIZERS.parse({"use": use, "lr": 0.01, "weight_decay": 0.1}).build(model)
+    # Muon gives the embedding, which is most of this model, a third of its rate.
+    lr = 0.03 if use == "muon" else 0.01
+    optimizer = OPTIMIZERS.parse({"use": use, "lr": lr, "weight_decay": 0.1}).build(model)
     assert {name for name, decay in decays(optimizer).items() if decay} == {"body.0.weight", "body.1.weight"}
     assert set(decays(optimizer)) == {name for name, _ in model.named_parameters()}
     losses = train(model, optimizer, 40)

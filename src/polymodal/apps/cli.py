@@ -138,14 +138,17 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run folder.")],
-    tasks: Annotated[list[str], typer.Argument(help="JSON Lines files with questions, or task YAML files.")],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Argument(help="JSON Lines files with questions, or task YAML files; the recipe's own if none are given."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for predictions and scores.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples per task.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Measure a model beside its blind, shuffled-media and majority baselines."""
-    _command("runs:evaluate")(model, tasks, out, limit, device, as_json=json)
+    _command("runs:evaluate")(model, tasks or [], out, limit, device, as_json=json)
 
 
 @app.command()
@@ -206,18 +209,28 @@ def data_inspect(
 def data_capfilt(
     data: Annotated[Path, typer.Argument(help="A JSON Lines file of view sets: one medium and a text.")],
     out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
-    judge: Annotated[Path, typer.Option("--filter", help="A run whose shared space tells what fits.")],
+    judge: Annotated[
+        Path, typer.Option("--filter", help="A run whose matching head, or else shared space, tells what fits.")
+    ],
     captioner: Annotated[
         Path | None, typer.Option(help="A run that writes a second text for every medium; without it, only filter.")
     ] = None,
-    request: Annotated[str, typer.Option(help="What the captioner is asked.")] = "Describe this image.",
-    false_accept: Annotated[float, typer.Option(help="Share of mismatched pairs that may pass.")] = 0.05,
-    threshold: Annotated[float | None, typer.Option(help="Least similarity; calibrated if not given.")] = None,
+    request: Annotated[str, typer.Option(help="What a captioner that chats is asked.")] = "Describe this image.",
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw captions from the nucleus (the paper: 0.9); else greedily.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    false_accept: Annotated[
+        float | None, typer.Option(help="Share of mismatched pairs that may pass; a shared space lets 0.05 pass.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Least score of a kept pair; a matching head decides at 0.5.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Caption media with one model and drop, with another, texts that do not fit (CapFilt)."""
     options = {"request": request, "false_accept": false_accept, "threshold": threshold}
-    _command("corpora:capfilt")(data, out, captioner, judge, options, as_json=json)
+    _command("corpora:capfilt")(data, out, captioner, judge, options, nucleus=(top_p, seed), as_json=json)
 
 
 @presets_app.command("list")

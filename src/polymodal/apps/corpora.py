@@ -82,14 +82,25 @@ def inspect(data: Path, *, decode: bool, as_json: bool) -> None:
 
 
 def capfilt(
-    data: Path, out: Path, captioner: Path | None, judge: Path, options: dict[str, Any], *, as_json: bool
+    data: Path,
+    out: Path,
+    captioner: Path | None,
+    judge: Path,
+    options: dict[str, Any],
+    *,
+    nucleus: tuple[float | None, int],
+    as_json: bool,
 ) -> None:
-    """Caption and filter pairs."""
+    """Caption and filter pairs; ``nucleus`` is its probability, None for greedy captions, and the seed of the draw."""
+    from polymodal.inference.sampling import Sampling
     from polymodal.recipes.capfilt import capfilt as run
     from polymodal.recipes.model import load
 
     filtering = load(judge)
     writing = None if captioner is None else filtering if captioner == judge else load(captioner)
+    top_p, seed = nucleus
+    if top_p is not None:
+        options["sampling"] = Sampling.parse({"max_new_tokens": 96, "temperature": 1.0, "top_p": top_p, "seed": seed})
     with Bar(is_silent=as_json) as bar:
         report = run(data, out, writing, filtering, progress=lambda done, total: bar("judging", done, total), **options)
     if as_json:
@@ -101,7 +112,8 @@ def capfilt(
         if origin in report.kept or origin in report.dropped
     ]
     emit_table(f"{out}: {report.num_written:,} pairs", ["text", "kept", "dropped"], rows)
-    say(f"kept from a similarity of {report.threshold:.3f} on; {len(report.skipped):,} samples could not be used")
+    what = {"matching": "chance that it fits", "similarity": "similarity"}[report.judged_by]
+    say(f"kept from a {what} of {report.threshold:.3f} on; {len(report.skipped):,} samples could not be used")
 
 
 def _problems(found: Inspection) -> None:

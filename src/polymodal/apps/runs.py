@@ -14,7 +14,7 @@ from polymodal.apps.output import console, emit_json, emit_table
 from polymodal.evaluation.scores import Report, Row
 from polymodal.recipes.check import CheckReport, Proof, check_recipe
 from polymodal.recipes.evaluation import evaluate as measure
-from polymodal.recipes.evaluation import resolve_task
+from polymodal.recipes.evaluation import own_tasks, resolve_task
 from polymodal.recipes.loading import load_recipe
 from polymodal.recipes.model import WEIGHTS, load
 from polymodal.recipes.run import RunResult
@@ -103,8 +103,8 @@ def _run_data(result: RunResult, seconds: float) -> dict[str, Any]:
 def evaluate(
     model: Path, tasks: list[str], out: Path | None, limit: int | None, device: str | None, *, as_json: bool
 ) -> None:
-    """Measure a model on tasks, beside its baselines."""
-    parsed = [resolve_task(task) for task in tasks]
+    """Measure a model on tasks, or on those of its recipe, beside its baselines."""
+    parsed = [resolve_task(task) for task in tasks] or own_tasks(model)
     if limit is not None:
         parsed = [task.model_copy(update={"limit": limit}) for task in parsed]
     loaded = load(model, device)

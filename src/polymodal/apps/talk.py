@@ -177,9 +177,13 @@ def embed(model: Path, inputs: list[str], out: Path | None, device: str | None, 
         with out.open("wb") as file:
             np.save(file, vectors)
     if as_json:
-        emit_json({"inputs": inputs, "dim": vectors.shape[1], "out": out, "vectors": None if out else vectors.tolist()})
+        emit_json(
+            {"inputs": inputs, "dim": vectors.shape[-1], "out": out, "vectors": None if out else vectors.tolist()}
+        )
         return
-    similarity = vectors @ vectors.T
+    # Of items with several vectors, the best two count.
+    several = vectors.reshape(len(vectors), -1, vectors.shape[-1])
+    similarity = np.einsum("ime,jne->ijmn", several, several).max((2, 3))
     rows = [[item, *(f"{value:.3f}" for value in similarity[row])] for row, item in enumerate(inputs)]
     emit_table("cosine similarity", ["", *(str(i + 1) for i in range(len(inputs)))], rows)
     if out is not None:

@@ -216,6 +216,7 @@ class Teacher:
 
     Args:
         embeddings: as :attr:`Outputs.embeddings`, of the twin; without a graph.
+        tokens: as :attr:`Outputs.tokens`, with the same places hidden.
         queues: per stream, the twin's unit vectors ``[Q, E]`` of earlier samples, ``Q`` so far.
         groups: per stream, int64 ``[Q]``: a number for the label of each, equal for equal labels.
     """
@@ -223,6 +224,7 @@ class Teacher:
     embeddings: dict[str, tuple[Array, Array]]
     queues: dict[str, Array]
     groups: dict[str, Array]
+    tokens: dict[TokenPass, TokenOutput] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -233,11 +235,13 @@ class TokenOutput:
         predictions: ``[K, V]`` logits, or normalised pixels.
         targets: ``[K]`` int64 ids or codes, or the pixels ``[K, V]``.
         samples: ``[K]`` int64, the sample of each place.
+        shown: per stream with hidden places, the encoder's input and which places are hidden.
     """
 
     predictions: Array = None
     targets: Array = None
     samples: Array = None
+    shown: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -1,13 +1,16 @@
-"""What a score has to be compared with: constant answers, other media, no media."""
+"""What a score has to be compared with: constant answers, other media, no media; and how a model is asked."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
+from polymodal.core.errors import ConfigError, DataError, PolymodalError
 from polymodal.core.parts import MODALITIES, Media, Part
 from polymodal.core.samples import Message, Sample
 from polymodal.evaluation.metrics import normalise
@@ -16,6 +19,53 @@ from polymodal.evaluation.metrics import normalise
 def blind(sample: Sample) -> Sample:
     """The sample with all its media removed; its text stays."""
     return sample.without(*(modality for modality in MODALITIES if modality != "text"))
+
+
+def conditions(
+    asked: list[Sample], fewer: list[Sample], names: Sequence[str], seed: int
+) -> Iterator[tuple[str, list[Sample]]]:
+    """The conditions that ask the model, with what they ask.
+
+    Args:
+        asked: everything.
+        fewer: those of it that are asked again.
+        names: ``blind``, ``shuffled``, ``without``, or some of them; ``full`` is always there.
+        seed: of the shuffle.
+    """
+    yield "full", asked
+    if "blind" in names:
+        yield "blind", [blind(sample) for sample in fewer if sample.media()]
+    if "shuffled" in names:
+        # Media come from all that is asked, so that a small control still finds a donor.
+        kept = {sample.id for sample in fewer}
+        shuffled = shuffle_media(asked, seed=seed)
+        yield "shuffled", [sample for sample in shuffled if sample is not None and sample.id in kept]
+    if "without" in names:
+        several = [(sample, {part.modality for part in sample.media()}) for sample in fewer]
+        for modality in sorted({name for _, present in several if len(present) > 1 for name in present}):
+            less = [sample.without(modality) for sample, there in several if len(there) > 1 and modality in there]
+            yield f"without_{modality}", less
+
+
+def tried(ask: Callable[[list[Sample]], list[dict[str, Any]]], batch: list[Sample]) -> list[dict[str, Any]]:
+    """What the model gives for each sample, with its ``seconds``; ``error`` alone where it cannot.
+
+    A batch that fails is asked again one by one, so that the bad sample is named.
+
+    Raises:
+        ConfigError: if the model cannot do what is asked at all; DataError if what it gives is malformed.
+    """
+    began = time.perf_counter()
+    try:
+        found = ask(batch)
+    except (ConfigError, DataError):
+        raise
+    except PolymodalError as error:
+        if len(batch) == 1:
+            return [{"error": str(error)}]
+        return [tried(ask, [sample])[0] for sample in batch]
+    seconds = round((time.perf_counter() - began) / len(batch), 6)
+    return [{**result, "seconds": seconds} for result in found]
 
 
 def majority(families: Sequence[str], answers: Sequence[str]) -> list[str]:

@@ -116,6 +116,41 @@ def hit_rate(ranks_Q: ArrayLike, k: int) -> float:
     return float((np.asarray(ranks_Q) < k).mean())
 
 
+def roc_auc(positives: ArrayLike, negatives: ArrayLike) -> float:
+    """The area under the ROC curve: how often a positive gets more than a negative; a tie counts one half.
+
+    Source: Hanley and McNeil 1982, "The Meaning and Use of the Area under a ROC Curve", section III.
+
+    Args:
+        positives: ``[N]`` scores of what belongs together, larger is surer.
+        negatives: ``[M]`` scores of what does not.
+
+    Raises:
+        DataError: if there are none of either.
+    """
+    above, below = np.asarray(positives, dtype=np.float64), np.sort(np.asarray(negatives, dtype=np.float64))
+    if not above.size or not below.size:
+        raise DataError(f"found {above.size} positives and {below.size} negatives, expected some of both")
+    beaten = np.searchsorted(below, above, side="left") + np.searchsorted(below, above, side="right")
+    return float(beaten.mean() / (2 * len(below)))
+
+
+def best_threshold(positives: NDArray[np.float64], negatives: NDArray[np.float64]) -> float:
+    """The threshold from which on saying yes is right most often, positives and negatives counting alike.
+
+    It lies halfway between two neighbouring scores, or at the lowest one, where yes is always said; the lowest of
+    several equally good ones. Without scores it is 0.5.
+    """
+    values = np.unique(np.concatenate([positives, negatives]))
+    if not len(positives) or not len(negatives):
+        return 0.5
+    thresholds = np.concatenate([values[:1], (values[1:] + values[:-1]) / 2])
+    share_yes, share_no = (
+        np.searchsorted(np.sort(scores), thresholds, side="left") / len(scores) for scores in (positives, negatives)
+    )
+    return float(thresholds[np.argmax(share_no - share_yes)])
+
+
 def mean_reciprocal_rank(ranks_Q: ArrayLike) -> float:
     """Mean of 1 / (rank of the first positive, counted from 1)."""
     return float((1.0 / (np.asarray(ranks_Q, dtype=np.float64) + 1.0)).mean())

@@ -146,7 +146,7 @@ def _scores(data: ReportData) -> Markup | None:
     legend = [element("li", element("span", class_="swatch"), "score")]
     legend += [element("li", charts.legend_mark(name), charts.control_label(name)) for name in _one_mark_each(controls)]
     searches = [report for report in data.reports if report.use == "retrieval"]
-    tables = [_score_table([report], report.task) for report in data.reports if report.use == "questions"]
+    tables = [_score_table([report], report.task) for report in data.reports if report.use != "retrieval"]
     tables += [_score_table(searches, "Search: from one modality to another")] if searches else []
     return join([element("ul", legend, class_="legend"), tables])
 

@@ -12,18 +12,24 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from polymodal.core.errors import DataError, MediaError, PolymodalError
+from polymodal.core.errors import DataError, MediaError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
 from polymodal.evaluation import baselines
+from polymodal.evaluation.captioning import Captioner, write_all
+from polymodal.evaluation.facts import Reader, ask_pairs, ask_words
 from polymodal.evaluation.metrics import first_positive_ranks
 from polymodal.evaluation.scores import FORMAT, Report, score
 from polymodal.evaluation.tasks import (
+    CaptionsTask,
+    MaskedWordsTask,
+    MatchingTask,
     QuestionsTask,
     RetrievalTask,
     TaskConfig,
@@ -43,14 +49,14 @@ _TOP = 5
 _QUERY_BLOCK = 512
 
 
-class Model(Protocol):
+class Model(Reader, Captioner, Protocol):
     """What evaluation asks of a model."""
 
     def answer(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
         """The answer to each conversation, drawn greedily; one per sample, in order."""
 
     def embed(self, parts: list[Part]) -> NDArray[np.float32]:
-        """``[N, D]`` float32 of unit length, one row per part, in order."""
+        """``[N, D]`` float32 of unit length, one row per part, in order; or ``[N, M, D]``, of which the best counts."""
 
 
 def evaluate(
@@ -80,6 +86,12 @@ def evaluate(
         if conditions is not None:
             task = QuestionsTask.parse({**task.to_data(), "conditions": tuple(conditions)}, "task")
         records: Iterable[dict[str, Any]] = _ask_all(model, task, report_progress)
+    elif isinstance(task, MatchingTask):
+        records = ask_pairs(model, task, report_progress)
+    elif isinstance(task, MaskedWordsTask):
+        records = ask_words(model, task, report_progress)
+    elif isinstance(task, CaptionsTask):
+        records = write_all(model, task, report_progress)
     elif isinstance(task, RetrievalTask):
         records, header["skipped"], header["errors"] = _retrieve_all(model, task, report_progress)
     else:
@@ -105,7 +117,11 @@ def _stored(
 
 
 def _ask_all(model: Model, task: QuestionsTask, progress: Progress) -> Iterator[dict[str, Any]]:
-    samples = limited(list(read_samples(task.data)), task.limit, task.seed)
+    found = [sample for sample in read_samples(task.data) if not task.families or family_of(sample) in task.families]
+    absent = sorted({*task.families} - {family_of(sample) for sample in found})
+    if absent:
+        raise DataError(f"{task.data}: has no questions of the family {absent[0]!r}; expected some of each: families")
+    samples = limited(found, task.limit, task.seed)
     pairs = [split_answer(sample) for sample in samples]
     questions, answers = [question for question, _ in pairs], {question.id: answer for question, answer in pairs}
     if len(answers) < len(questions):
@@ -113,35 +129,14 @@ def _ask_all(model: Model, task: QuestionsTask, progress: Progress) -> Iterator[
             f"{task.data}: {len(questions) - len(answers)} samples share an id with another; make ids unique"
         )
     fewer = limited(questions, task.control_limit, task.seed)
-    for condition, asked in _conditions(questions, fewer, task.conditions, task.seed):
+    ask = partial(_answers, model, max_new_tokens=task.max_new_tokens)
+    for condition, asked in baselines.conditions(questions, fewer, task.conditions, task.seed):
         for start in range(0, len(asked), task.batch_size):
             batch = asked[start : start + task.batch_size]
-            began = time.perf_counter()
-            results = _answers(model, batch, task.max_new_tokens)
-            seconds = (time.perf_counter() - began) / len(batch)
-            for sample, result in zip(batch, results, strict=True):
-                yield _record(condition, sample, answers[sample.id], {**result, "seconds": round(seconds, 6)})
+            for sample, result in zip(batch, baselines.tried(ask, batch), strict=True):
+                yield _record(condition, sample, answers[sample.id], {"prediction": "", **result})
             progress(condition, start + len(batch), len(asked))
     yield from _constant_answers(questions, list(answers.values()), task)
-
-
-def _conditions(
-    questions: list[Sample], fewer: list[Sample], names: tuple[str, ...], seed: int
-) -> Iterator[tuple[str, list[Sample]]]:
-    """The conditions that ask the model, with what they ask."""
-    yield "full", questions
-    if "blind" in names:
-        yield "blind", [baselines.blind(sample) for sample in fewer if sample.media()]
-    if "shuffled" in names:
-        # Media come from all questions, so that a small control still finds a donor.
-        kept = {sample.id for sample in fewer}
-        shuffled = baselines.shuffle_media(questions, seed=seed)
-        yield "shuffled", [sample for sample in shuffled if sample is not None and sample.id in kept]
-    if "without" in names:
-        several = [(sample, {part.modality for part in sample.media()}) for sample in fewer]
-        for modality in sorted({name for _, present in several if len(present) > 1 for name in present}):
-            less = [sample.without(modality) for sample, there in several if len(there) > 1 and modality in there]
-            yield f"without_{modality}", less
 
 
 def _constant_answers(questions: list[Sample], answers: list[str], task: QuestionsTask) -> Iterator[dict[str, Any]]:
@@ -166,13 +161,8 @@ def _record(condition: str, sample: Sample, answer: str, result: dict[str, Any])
 
 
 def _answers(model: Model, samples: list[Sample], max_new_tokens: int) -> list[dict[str, Any]]:
-    """One prediction per sample. A batch that fails is asked again one by one, so that the bad sample is named."""
-    try:
-        answers = model.answer(samples, max_new_tokens)
-    except PolymodalError as error:
-        if len(samples) == 1:
-            return [{"prediction": "", "error": str(error)}]
-        return [_answers(model, [sample], max_new_tokens)[0] for sample in samples]
+    """One prediction per sample."""
+    answers = model.answer(samples, max_new_tokens)
     if len(answers) != len(samples):
         raise DataError(f"the model gave {len(answers)} answers to {len(samples)} questions, expected as many")
     return [{"prediction": answer} for answer in answers]
@@ -202,19 +192,55 @@ def _retrieve_all(
             f"{task.data}: no {task.query} view has a right {task.target} view (positives by {task.positives}); "
             f"found {len(queries)} {task.query} and {len(candidates)} {task.target} views"
         )
-    if query_QD.shape[1] != target_ND.shape[1]:
-        raise DataError(f"{task.query} embeds to {query_QD.shape[1]} values and {task.target} to {target_ND.shape[1]}")
+    if query_QD.shape[-1] != target_ND.shape[-1]:
+        raise DataError(
+            f"{task.query} embeds to {query_QD.shape[-1]} values and {task.target} to {target_ND.shape[-1]}"
+        )
     records = []
     for start in range(0, len(asked), _QUERY_BLOCK):
         block = asked[start : start + _QUERY_BLOCK]
-        scores_QN = np.where(is_other_QN[block], query_QD[block] @ target_ND.T, -np.inf)
+        scores_QN = np.where(is_other_QN[block], _similarities(query_QD[block], target_ND), -np.inf)
+        before = first_positive_ranks(scores_QN, is_positive_QN[block], is_other_QN[block])
+        if task.rerank:
+            scores_QN = _reranked(model, task, [queries[q] for q in block], candidates, scores_QN)
         ranks = first_positive_ranks(scores_QN, is_positive_QN[block], is_other_QN[block])
-        for q, scores_N, rank in zip(block, scores_QN, ranks, strict=True):
-            right_N = is_positive_QN[q]
-            records.append(_result(queries[q], candidates, scores_N, right_N) | {"rank": int(rank)})
+        for q, scores_N, rank, rank_before in zip(block, scores_QN, ranks, before, strict=True):
+            record = _result(queries[q], candidates, scores_N, is_positive_QN[q]) | {"rank": int(rank)}
+            records.append(record | ({"rank_before": int(rank_before)} if task.rerank else {}))
+            progress("search", len(records), len(asked))
     seconds = (time.perf_counter() - began) / len(records)
     records = [{**record, "seconds": round(seconds, 6)} for record in records]
     return records, len(queries) - len(asked), errors
+
+
+def _similarities(query_QD: NDArray[np.float32], target_ND: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Cosines ``[Q, N]``; where items have several vectors ``[Q, M, D]``, the best pair counts."""
+    queries, targets = ([x] if x.ndim == 2 else np.moveaxis(x, 1, 0) for x in (query_QD, target_ND))
+    best: NDArray[np.float32] = np.max([x_QD @ y_ND.T for x_QD in queries for y_ND in targets], axis=0)
+    return best
+
+
+def _reranked(
+    model: Model,
+    task: RetrievalTask,
+    queries: Sequence[Sample],
+    candidates: Sequence[Sample],
+    scores_QN: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """``[Q, N]``: the nearest candidates of each query stand before all others, by the chance that the two match."""
+    scores_QN = scores_QN.copy()
+    for query, scores_N in zip(queries, scores_QN, strict=True):
+        nearest = np.argsort(-scores_N, kind="stable")[: task.rerank]
+        nearest = nearest[np.isfinite(scores_N[nearest])]
+        pairs = [
+            Sample(
+                f"{query.id} and {candidates[n].id}",
+                views={task.query: query.views[task.query], task.target: candidates[n].views[task.target]},
+            )
+            for n in nearest
+        ]
+        scores_N[nearest] = scores_N[nearest].max() + 1.0 + np.asarray(model.match(pairs))
+    return scores_QN
 
 
 def _matches(queries: list[Sample], candidates: list[Sample], positives: str) -> NDArray[np.bool_]:
@@ -288,9 +314,10 @@ def _embed(
 def _vectors(model: Model, parts: list[Part]) -> NDArray[np.float32]:
     vectors = np.asarray(model.embed(parts), dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=-1)
-    if vectors.ndim != 2 or len(vectors) != len(parts) or not np.allclose(lengths, 1.0, atol=1e-3):
+    if vectors.ndim not in (2, 3) or len(vectors) != len(parts) or not np.allclose(lengths, 1.0, atol=1e-3):
         raise DataError(
             f"the model embeds {len(parts)} parts as an array of shape {vectors.shape} with lengths "
-            f"{lengths.min():.3f} to {lengths.max():.3f}; expected [{len(parts)}, D] of unit length"
+            f"{lengths.min():.3f} to {lengths.max():.3f}; expected [{len(parts)}, D] of unit length, or "
+            f"[{len(parts)}, M, D]"
         )
     return vectors

@@ -17,6 +17,7 @@ import numpy as np
 
 from polymodal.core.errors import DataError
 from polymodal.evaluation import metrics
+from polymodal.evaluation.caption_scores import SCORING, bleu, cider, count_right, fact_pattern
 
 FORMAT = 1
 """Version of the predictions file."""
@@ -46,7 +47,7 @@ class Row:
 
     Args:
         family: its name.
-        score: accuracy with everything there, or the hit rate at the first K.
+        score: accuracy with everything there, or the hit rate at the first K; of ``matching`` over own texts and foils.
         controls: what the score has to beat: ``blind``, ``shuffled``, ``majority``, ``wording``, ``without_image`` ...;
             ``chance`` for retrieval.
         empty_rate: share of predictions without a word.
@@ -78,7 +79,7 @@ class Report:
     """
 
     task: str
-    use: Literal["questions", "retrieval"]
+    use: Literal["questions", "retrieval", "matching", "masked_words", "captions"]
     scoring: str
     overall: Row
     rows: tuple[Row, ...]
@@ -155,13 +156,71 @@ def score(header: Mapping[str, Any], records: Iterable[Record]) -> Report:
         scoring = f"a hit if a right one is among the first {header['task']['ks'][0]}; ties count against the model"
         skipped = int(header.get("skipped", 0))
         return Report(header["title"], "retrieval", scoring, row, (row,), errors, skipped, dict(seconds))
+    if header["task"]["use"] == "captions":
+        overall, *by_fact = _caption_rows(records, header["task"]["facts"], seed)
+        return Report(header["title"], "captions", SCORING, overall, tuple(by_fact), errors, 0, dict(seconds))
     by_family: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_family[record["family"]].append(record)
+    if header["task"]["use"] == "matching":
+        named = {"overall": records, **{family: by_family[family] for family in sorted(by_family)}}
+        overall, *by_foil = (_matching_row(family, members, header, seed) for family, members in named.items())
+        return Report(header["title"], "matching", _MATCHING, overall, tuple(by_foil), errors, 0, dict(seconds))
     rows = tuple(_question_row(family, by_family[family], seed) for family in sorted(by_family))
     known = {family: _answers(members) for family, members in by_family.items()}
     overall = _question_row("overall", records, seed, known)
-    return Report(header["title"], "questions", metrics.NORMALISATION, overall, rows, errors, 0, dict(seconds))
+    use = header["task"]["use"]
+    return Report(header["title"], use, metrics.NORMALISATION, overall, rows, errors, 0, dict(seconds))
+
+
+_MATCHING = (
+    "yes from a threshold on, which separates one half of the pairs best and judges the other half, and the other way "
+    "round, under each condition anew; every text has its foil, so that a constant answer is right in 0.5"
+)
+
+
+def _matching_row(family: str, records: Sequence[Record], header: Mapping[str, Any], seed: int) -> Row:
+    """Accuracy over own texts and foils, with the area under the curve and the pairs in the right order."""
+    by_condition: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_condition[record["condition"]].append(record)
+    scores, further = {}, {}
+    for condition, members in by_condition.items():
+        own, foil = (np.array([record[name] for record in members]) for name in ("own", "foil"))
+        is_other = np.random.default_rng(seed).permutation(len(own)) % 2 == 1
+        right = np.zeros(len(own))
+        for half in (is_other, ~is_other):
+            threshold = metrics.best_threshold(own[~half], foil[~half])
+            right[half] = ((own[half] >= threshold).astype(float) + (foil[half] < threshold)) / 2
+        scores[condition] = Score.of(right.tolist(), seed)
+        suffix = "" if condition == "full" else f" {condition}"
+        if condition == "full":
+            further["at 0.5"] = float(((own >= 0.5).mean() + (foil < 0.5).mean()) / 2)
+        further[f"AUC{suffix}"] = metrics.roc_auc(own, foil)
+        further[f"pairs{suffix}"] = float((own > foil).mean())
+    full = scores.pop("full")
+    if "majority" in header["task"]["conditions"]:
+        scores["majority"] = Score(0.5, 0.5, 0.5, full.n)
+    return Row(family, full, scores, metrics=further)
+
+
+def _caption_rows(records: Sequence[Record], facts: str, seed: int) -> list[Row]:
+    """The row of whole things, with BLEU and CIDEr of all conditions, and one of each group of facts."""
+    by_condition: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_condition[record["condition"]].append(record)
+    pattern, right = fact_pattern(facts), {}
+    further: dict[str, float] = {}
+    for condition, members in by_condition.items():
+        said, true = ([record[key] for record in members] for key in ("prediction", "answer"))
+        right[condition] = count_right(said, true, pattern)
+        suffix = "" if condition == "full" else f" {condition}"
+        further |= {f"BLEU-4{suffix}": bleu(said, true), f"CIDEr{suffix}": cider(said, true)}
+    rows = []
+    for name in right["full"]:
+        scores = {condition: Score.of(found[name], seed) for condition, found in right.items()}
+        rows.append(Row(name, scores.pop("full"), scores, metrics=further if name == "overall" else {}))
+    return rows
 
 
 def _answers(records: Iterable[Record]) -> set[str]:
@@ -197,6 +256,9 @@ def _retrieval_row(header: Mapping[str, Any], records: Sequence[Record], seed: i
     candidates = [record["candidates"] for record in records]
     further = {f"R@{k}": metrics.hit_rate(ranks, k) for k in ks}
     further["MRR"] = metrics.mean_reciprocal_rank(ranks)
+    if task.get("rerank"):
+        before = np.array([record["rank_before"] for record in records])
+        further |= {f"R@{k} before": metrics.hit_rate(before, k) for k in ks}
     if all(record["label"] is not None for record in records):
         further["class precision@1"] = float(np.mean([r["label"] == r["top"][0]["label"] for r in records]))
     chance = metrics.chance_hit_rate(positives, candidates, ks[0])

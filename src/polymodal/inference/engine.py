@@ -19,14 +19,17 @@ from polymodal.core.batch import Example, Plan
 from polymodal.core.errors import SampleError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
+from polymodal.inference.dropped import dropped_words
 from polymodal.inference.prefix import PrefixCache, identity, suffix
 from polymodal.inference.sampling import Sampling, draw, make_generator
 from polymodal.modalities.processor import Processor, collate_units
 from polymodal.modalities.reader import checked_read
 from polymodal.modalities.text.tokenizer import END
+from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.heads.table import NextTokenConfig
 from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.dropping import MediaDrop
 from polymodal.models.layers.layout import Layout
 
 Finish = Literal["stop", "length"]
@@ -54,11 +57,19 @@ class Engine:
         model: in evaluation mode, on its device.
         processor: the model's processor.
         prefix_bytes: size of the prefix cache; 0 switches it off.
+        drop: media tokens that the decoder goes on without, unless a request says otherwise.
     """
 
-    def __init__(self, model: MultimodalModel, processor: Processor, prefix_bytes: int = 256 * 1024**2) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        processor: Processor,
+        prefix_bytes: int = 256 * 1024**2,
+        drop: MediaDrop | None = None,
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.drop = drop
         self.prefixes = PrefixCache(prefix_bytes)
 
     @property
@@ -82,10 +93,13 @@ class Engine:
         return found.x_UND.float().cpu().numpy(), found.pooled_UD.float().cpu().numpy()
 
     @torch.inference_mode()
-    def generate(self, samples: Sequence[Sample], sampling: Sampling, batch_size: int = 64) -> list[Generation]:
+    def generate(
+        self, samples: Sequence[Sample], sampling: Sampling, batch_size: int = 64, drop: MediaDrop | None = None
+    ) -> list[Generation]:
         """Answer every sample; the result of one does not depend on the others.
 
         Prompts of similar length share a batch. Sampling with a seed draws per batch, greedy answers are exact.
+        ``drop`` stands in the place of the engine's.
 
         Raises:
             SampleError: if a prompt cannot be laid out or leaves no room for an answer.
@@ -96,28 +110,39 @@ class Engine:
         results: list[Generation] = [Generation()] * len(plans)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for row, generation in zip(rows, self._generate([plans[i] for i in rows], sampling), strict=True):
+            for row, generation in zip(rows, self._generate([plans[i] for i in rows], sampling, drop), strict=True):
                 results[row] = generation
         return results
 
     @torch.inference_mode()
-    def stream(self, sample: Sample, sampling: Sampling, generation: Generation | None = None) -> Iterator[int]:
+    def stream(
+        self,
+        sample: Sample,
+        sampling: Sampling,
+        generation: Generation | None = None,
+        drop: MediaDrop | None = None,
+    ) -> Iterator[int]:
         """Yield token ids as they are drawn, reusing every prompt prefix read before.
+
+        What a question drops another may need: with ``drop``, no prefix is reused or kept.
 
         Args:
             sample: the conversation to continue.
             sampling: how to draw.
             generation: filled while streaming, for those who want the finish reason.
+            drop: stands in the place of the engine's.
         """
         record = generation if generation is not None else Generation()
         ends = self._end_ids()
         plan = self._plan(sample)
         own = identity(plan, self.model.config.watched_streams)
         room = self._room(plan, sampling)
-        cache, reused = self._prefilled(plan, own, room)
+        drop = self._dropping(drop)
+        reuses = self.model.decoder.reuses_prefixes and drop is None
+        cache, reused = self._prefilled(plan, own, room, reuses)
         record.num_prompt_tokens, record.num_reused_tokens = plan.num_tokens, reused
-        record.choices = plan.choices
-        states = self._read(suffix(plan, reused), cache, reused)
+        record.choices = [*plan.choices, *dropped_words(plan, self._backbone, drop)]
+        states = self._read(suffix(plan, reused), cache, reused, drop)
         generator = make_generator(sampling, self.device)
         try:
             for step in range(room):
@@ -132,7 +157,7 @@ class Engine:
                     states = self._step(token_B, cache)
         finally:
             # The answer is kept as well: the next turn of a conversation begins with it.
-            if self.model.decoder.reuses_prefixes:
+            if reuses:
                 self.prefixes.put((*own, *record.ids[: cache.length - len(own)]), cache)
 
     @torch.inference_mode()
@@ -204,12 +229,27 @@ class Engine:
             )
         return room
 
-    def _generate(self, plans: Sequence[Plan], sampling: Sampling) -> list[Generation]:
-        return self.generate_examples([self.processor.load(plan) for plan in plans], sampling)
+    @property
+    def _backbone(self) -> CausalConfig:
+        config = self.model.config.backbone
+        assert isinstance(config, CausalConfig)
+        return config
+
+    def _dropping(self, drop: MediaDrop | None) -> MediaDrop | None:
+        """The request's or the engine's; None for a share of 0, which is exactly the model without."""
+        drop = self.drop if drop is None else drop
+        return None if drop is None or drop.share == 0 else drop
+
+    def _generate(self, plans: Sequence[Plan], sampling: Sampling, drop: MediaDrop | None) -> list[Generation]:
+        return self.generate_examples([self.processor.load(plan) for plan in plans], sampling, drop=drop)
 
     @torch.inference_mode()
     def generate_examples(
-        self, examples: Sequence[Example], sampling: Sampling, rule: Rule | None = None
+        self,
+        examples: Sequence[Example],
+        sampling: Sampling,
+        rule: Rule | None = None,
+        drop: MediaDrop | None = None,
     ) -> list[Generation]:
         """Continue laid-out examples in one batch.
 
@@ -217,6 +257,7 @@ class Engine:
             examples: the prompts with their media.
             sampling: how to draw.
             rule: changes the logits ``[B, V]`` of a step, given what each row has written so far.
+            drop: stands in the place of the engine's.
 
         Raises:
             SampleError: if a prompt leaves no room for an answer.
@@ -226,10 +267,17 @@ class Engine:
         longest = max(plan.num_tokens for plan in plans)
         batch = to_device(self.processor.collate(examples, packed=False), self.device)
         cache = self.model.decoder.new_cache(len(plans), longest + max(rooms))
-        states_BTD = self.model.states(batch, cache)
+        drop = self._dropping(drop)
+        states_BTD = self.model.states(batch, cache, drop=drop)
         last_B = batch.is_valid.sum(1) - 1
         states = states_BTD[torch.arange(len(plans), device=self.device), last_B]
-        results = [Generation(num_prompt_tokens=plan.num_tokens) for plan in plans]
+        results = [
+            Generation(
+                num_prompt_tokens=plan.num_tokens,
+                choices=[*plan.choices, *dropped_words(plan, self._backbone, drop)],
+            )
+            for plan in plans
+        ]
         generator = make_generator(sampling, self.device)
         ends, alive = self._end_ids(), list(range(len(plans)))
         while alive:
@@ -278,9 +326,9 @@ class Engine:
         config = next((head for head in heads if isinstance(head, NextTokenConfig)), NextTokenConfig())
         return config.suppress, (*config.suppress, *config.suppress_first)
 
-    def _prefilled(self, plan: Plan, own: tuple[Any, ...], room: int) -> tuple[KVCache, int]:
+    def _prefilled(self, plan: Plan, own: tuple[Any, ...], room: int, reuses: bool) -> tuple[KVCache, int]:
         slots = plan.num_tokens + room
-        reused, found = self.prefixes.find(plan, own) if self.model.decoder.reuses_prefixes else (0, None)
+        reused, found = self.prefixes.find(plan, own) if reuses else (0, None)
         watched = self.model.config.watched_streams
         if found is None or any(span.stream in watched and span.start >= reused for span in plan.spans):
             # The cache knows what the decoder looks at after the prefix, and no later item.
@@ -289,11 +337,11 @@ class Engine:
         held.crop(reused)
         return held, reused
 
-    def _read(self, plan: Plan, cache: KVCache, start: int) -> Tensor:
+    def _read(self, plan: Plan, cache: KVCache, start: int, drop: MediaDrop | None) -> Tensor:
         """Prefill the rest of a prompt; returns the last state ``[1, D]``."""
         batch = self.processor.collate([self.processor.load(plan)], packed=False)
         batch.positions = batch.positions + start
-        return self.model.states(to_device(batch, self.device), cache)[:, -1]
+        return self.model.states(to_device(batch, self.device), cache, drop=drop)[:, -1]
 
     def _step(self, token_B: Tensor, cache: KVCache) -> Tensor:
         """Read one token per row; returns the new states ``[B, D]``."""

@@ -65,22 +65,32 @@ def suffix(plan: Plan, start: int) -> Plan:
     return replace(plan, ids=plan.ids[start:], is_supervised=plan.is_supervised[start:], spans=spans, items=items)
 
 
-def common_start(plan: Plan, own: Identity, other: Identity) -> int:
-    """How many leading tokens of a plan another prompt shares; never ends inside a media span or at the last token."""
-    shared = 0
-    for mine, theirs in zip(own, other, strict=False):
-        if mine != theirs:
-            break
-        shared += 1
-    shared = min(shared, len(own) - 1)
+def usable_start(plan: Plan, shared: int) -> int:
+    """How many of the ``shared`` leading tokens serve: never all of them, and never a part of a media span."""
+    shared = min(shared, plan.num_tokens - 1)
     for span in plan.spans:
         if span.start < shared < span.start + span.length:
             shared = span.start
     return shared
 
 
+class _Place:
+    """What some entries begin with: a node of the tree of tokens.
+
+    Args:
+        entry: the one that was used last.
+    """
+
+    __slots__ = ("entry", "followed", "num")
+
+    def __init__(self, entry: Identity) -> None:
+        self.entry = entry
+        self.followed: dict[Hashable, _Place] = {}
+        self.num = 0
+
+
 class PrefixCache:
-    """The most recently used prompts, bounded in bytes.
+    """The most recently used prompts, bounded in bytes; searched in a tree, one step for each token of the prompt.
 
     Args:
         max_bytes: bytes of keys and values kept in all; 0 keeps none.
@@ -88,16 +98,13 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.num_bytes = 0
         self._entries: OrderedDict[Identity, KVCache] = OrderedDict()
+        self._root = _Place(())
         self.hits = 0
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of keys and values kept."""
-        return sum(entry.num_bytes for entry in self._entries.values())
 
     def find(self, plan: Plan, own: Identity) -> tuple[int, KVCache | None]:
         """The longest shared prefix: its length and the cache that holds it (not a copy).
@@ -105,22 +112,50 @@ class PrefixCache:
         Of equally long ones the last used is taken, so that the few tokens that every prompt begins with do not keep
         an old entry alive.
         """
-        best, found = 0, None
-        for other in reversed(self._entries):
-            shared = common_start(plan, own, other)
-            if shared > best:
-                best, found = shared, other
-        if found is None:
+        places = [self._root]
+        for token in own:
+            place = places[-1].followed.get(token)
+            if place is None:
+                break
+            places.append(place)
+        best = usable_start(plan, len(places) - 1)
+        if best < 1:
             return 0, None
         self.hits += 1
-        self._entries.move_to_end(found)
+        found = places[best].entry
+        self._touch(found, 0)
         return best, self._entries[found]
 
     def put(self, own: Sequence[Hashable], cache: KVCache) -> None:
         """Keep a copy of a one-row cache that holds exactly the tokens ``own``."""
         if self.max_bytes == 0:
             return
-        self._entries[tuple(own)] = cache.clone(max_tokens=max(1, cache.length))
-        self._entries.move_to_end(tuple(own))
+        entry = tuple(own)
+        if entry in self._entries:
+            self._remove(entry)
+        self._entries[entry] = cache.clone(max_tokens=max(1, cache.length))
+        self.num_bytes += self._entries[entry].num_bytes
+        self._touch(entry, 1)
         while self._entries and self.num_bytes > self.max_bytes:
-            self._entries.popitem(last=False)
+            self._remove(next(iter(self._entries)))
+
+    def _touch(self, entry: Identity, new: int) -> None:
+        """Make an entry the last used one, at every place on its way."""
+        self._entries.move_to_end(entry)
+        place = self._root
+        for token in entry:
+            place = place.followed.setdefault(token, _Place(entry))
+            place.entry = entry
+            place.num += new
+
+    def _remove(self, entry: Identity) -> None:
+        """Forget an entry, the one used longest ago or one that is put anew at once: no other place names it then."""
+        self.num_bytes -= self._entries.pop(entry).num_bytes
+        place = self._root
+        for token in entry:
+            following = place.followed[token]
+            following.num -= 1
+            if not following.num:
+                del place.followed[token]
+                return
+            place = following

@@ -14,16 +14,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError, MissingExtraError
 from polymodal.models.compose import MultimodalModel
-from polymodal.models.encoders.base import Encoder
 
-Weights = Literal["bf16", "int8", "int4"]
 WEIGHTS = ("bf16", "int8", "int4")
 _GROUPS = (64, 32)
 """Inputs that share a scale in int4, the first that divides a layer's."""
@@ -68,7 +66,6 @@ def quantise(network: MultimodalModel, weights: str) -> Quantised:
     counts: Counter[str] = Counter()
     if weights == "bf16" or device.type == "cuda":
         network.to(torch.bfloat16)
-        _cast_inputs(network)
     if weights != "bf16":
         torchao = _torchao()
         layers = list(_layers(network))
@@ -169,16 +166,3 @@ def _pack(layer: nn.Linear, group: int, torchao: Any) -> None:
     layer.register_buffer("packed", packed)
     layer.register_buffer("scales", scales)
     layer.group = group
-
-
-def _cast_inputs(network: MultimodalModel) -> None:
-    """Media come in float32; encoders read them in their weights' dtype."""
-
-    def cast(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(
-            arg.to(torch.bfloat16) if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args
-        )
-
-    for module in network.modules():
-        if isinstance(module, Encoder):
-            module.register_forward_pre_hook(cast)

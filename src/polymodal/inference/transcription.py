@@ -10,6 +10,7 @@ from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
 from polymodal.inference.engine import Engine
 from polymodal.models.compose import to_device
+from polymodal.models.compose.readouts import ctc_head
 from polymodal.models.heads.ctc import greedy_paths
 
 
@@ -27,7 +28,7 @@ def transcribe_ctc(engine: Engine, parts: Sequence[Part], batch_size: int = 8) -
         SampleError: if the stream does not take a part.
         MediaError: if a recording cannot be used.
     """
-    head = engine.model.ctc_head.config
+    head = ctc_head(engine.model).config
     samples = [Sample(f"part {index}", views={part.modality: part}) for index, part in enumerate(parts)]
     plans = [engine.processor.plan(sample) for sample in samples]
     order = sorted(range(len(plans)), key=lambda i: sum(sum(item[1]) for item in plans[i].items[head.stream]))

@@ -175,8 +175,11 @@ def _fewer_units(reader: Reader, part: Part, lengths: tuple[int, ...]) -> Iterat
 
 
 def _smaller_grids(reader: ImageReader) -> Iterator[dict[str, Any]]:
+    """Changes of a reader's config that give fewer tiles: coarser grids, or fewer tiles of the same."""
     config = reader.config
-    if config.resolution == "tiles":
+    if config.tiles_by == "content":
+        yield from ({"keep_tiles": tiles} for tiles in range((config.keep_tiles or config.max_tiles) - 1, 0, -1))
+    elif config.resolution == "tiles":
         yield from ({"max_tiles": tiles} for tiles in range(config.max_tiles - 1, 0, -1))
     elif config.resolution == "anyres":
         areas = sorted({rows * cols for rows, cols in config.grids}, reverse=True)

@@ -1,11 +1,11 @@
 """InfoNCE between paired embeddings, in memory linear in the batch.
 
-Shape legend: ``B`` pairs, ``C`` rows of a chunk, ``D`` width.
+Shape legend: ``B`` pairs, ``C`` rows of a chunk, ``M`` vectors of one item, ``D`` width.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,8 +24,11 @@ class InfoNCE(PairObjective):
         temperature: a fixed temperature; None: the learned scale of the projection head.
 
     Source: CLIP, arXiv 2103.00020, figure 3; ``same_label: positive`` is SupCon's outside-the-log mean over
-    positives, arXiv 2004.11362, equation 2, with the anchor's own partner counted.
+    positives, arXiv 2004.11362, equation 2, with the anchor's own partner counted. Items of several vectors (a
+    Q-Former's queries): BLIP-2, arXiv 2301.12597, section 3.2.
     """
+
+    takes_several: ClassVar[bool] = True
 
     use: Literal["infonce"] = "infonce"
     temperature: float | None = Field(default=None, gt=0)
@@ -36,7 +39,26 @@ class InfoNCE(PairObjective):
             scale = pair.x_BD.new_tensor(1.0 / self.temperature, dtype=torch.float32)
         else:
             scale = required(outputs.scale, self.use, "scale", "a projection head (or give 'temperature')")
+        if pair.x_BD.ndim == 3:
+            return best_infonce(pair.x_BD, pair.y_BD, scale, relation)
+        if pair.y_BD.ndim == 3:
+            return best_infonce(pair.y_BD, pair.x_BD, scale, relation)
         return infonce(pair.x_BD, pair.y_BD, scale, relation, self.chunk)
+
+
+def best_infonce(x_BMD: Tensor, y_BD: Tensor, scale: Tensor, relation: Relation) -> Tensor:
+    """:func:`infonce` where an item of one side has several vectors: it is as similar as the best of them.
+
+    All ``[B, M, B]`` similarities are held.
+    """
+    x_BMD, y_BD = wide(x_BMD), wide(y_BD)
+    is_positive_BB, is_negative_BB = relation.chunk(0, len(y_BD))
+    with torch.autocast(x_BMD.device.type, enabled=False):
+        logits_BB = wide(scale) * (x_BMD @ y_BD.T).amax(1)
+    if relation.same == "skip":
+        logits_BB = logits_BB.masked_fill(~(is_positive_BB | is_negative_BB), float("-inf"))
+    attraction_B = torch.where(is_positive_BB, logits_BB, 0.0).sum(1) / relation.positives()
+    return (logits_BB.logsumexp(1) + logits_BB.logsumexp(0) - 2 * attraction_B).mean() / 2
 
 
 def infonce(x_BD: Tensor, y_BD: Tensor, scale: Tensor, relation: Relation, chunk: int = 1024) -> Tensor:

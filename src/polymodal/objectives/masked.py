@@ -5,7 +5,7 @@ Legend: ``K`` predicted places, ``V`` vocabulary, codes, or values of a patch.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,8 @@ from pydantic import Field, field_validator
 
 from polymodal.core.batch import Batch, Outputs
 from polymodal.core.passes import Pass, TokenPass
-from polymodal.objectives.report import LossReport, ObjectiveConfig, required, wide
+from polymodal.objectives.distill import divergence
+from polymodal.objectives.report import LossReport, ObjectiveConfig, TwinNeed, required, wide
 
 
 class TokenObjective(ObjectiveConfig):
@@ -60,10 +61,32 @@ class MaskedText(_Masked):
 
     Args:
         mask: per stream, the share that is hidden; with pictures too, both are hidden in one run (FLAVA, BEiT-3).
+        alpha: weight of the divergence from what the momentum twin predicts of the same hidden places; ``1 - alpha`` is
+            that of what stood there (ALBEF, arXiv 2107.07651, section 3.4, equation 7: 0.4). 0: no twin. Where there
+            is none (a validation loss), only what stood there counts.
+        decay: of the twin's weights, per step.
     """
 
     use: Literal["masked_text"] = "masked_text"
     mask: dict[str, float] = Field(default_factory=lambda: {"text": 0.15})
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+
+    @property
+    def twin(self) -> TwinNeed | None:
+        """The twin that predicts the same places."""
+        return TwinNeed(self.decay, 0, (self.needs,)) if self.alpha else None
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:
+        """See :class:`TokenObjective`; the twin's part in it as ``twin``."""
+        report = super().__call__(outputs, batch)
+        taught = None if outputs.teacher is None or not self.alpha else outputs.teacher.tokens.get(self.needs)  # type: ignore[arg-type]
+        if taught is None or not report.count:
+            return report
+        predictions_KV = outputs.tokens[self.needs].predictions  # type: ignore[index]
+        apart = divergence(predictions_KV, taught.predictions, 1.0)
+        total = (1 - self.alpha) * report.total + self.alpha * apart
+        return LossReport(total, {**report.parts, "twin": apart.detach()}, report.count)
 
 
 class MaskedImage(_Masked):

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from polymodal.core.batch import Batch, Outputs
+from polymodal.core.errors import ConfigError
 from polymodal.objectives.report import LossReport, ObjectiveConfig, Pass
 
 SameLabel = Literal["negative", "skip", "positive"]
@@ -24,7 +25,8 @@ class Pair(NamedTuple):
     """Embeddings of the samples that have both streams, row by row.
 
     Args:
-        x_BD: unit vectors of the first stream; y_BD: of the second; samples_B: int64 which sample a row is.
+        x_BD: unit vectors of the first stream; y_BD: of the second; samples_B: int64 which sample a row is. One of the
+            two may have several vectors of each item, ``[B, M, D]``.
     """
 
     x_BD: Tensor
@@ -32,15 +34,29 @@ class Pair(NamedTuple):
     samples_B: Tensor
 
 
-def pair_streams(outputs: Outputs, first: str, second: str) -> Pair | None:
+def pair_streams(outputs: Outputs, first: str, second: str, *, takes_several: bool = False) -> Pair | None:
     """Pair two streams by sample; of several items of one sample the first is taken. None if no sample has both.
 
     Worked example: items of samples ``[0, 0, 2]`` and ``[1, 2]`` give one row, sample 2: items 2 and 1.
+
+    Args:
+        outputs: with the embeddings.
+        first: a stream.
+        second: another.
+        takes_several: whether the items of one of the two may have several vectors, ``[I, M, D]``.
+
+    Raises:
+        ConfigError: if there are more than the loss takes.
     """
     if first not in outputs.embeddings or second not in outputs.embeddings:
         return None
     x_ID, x_samples_I = outputs.embeddings[first]
     y_ID, y_samples_I = outputs.embeddings[second]
+    if x_ID.ndim + y_ID.ndim > 4 + takes_several:
+        raise ConfigError(
+            f"contrast of {first!r} and {second!r}: found vectors of shape {list(x_ID.shape)} and {list(y_ID.shape)}, "
+            f"expected one per item{' of one of them' if takes_several else ''}; 'infonce' takes several on one side"
+        )
     x_of, y_of = _first_items(x_samples_I), _first_items(y_samples_I)
     both = sorted(x_of.keys() & y_of.keys())
     if not both:
@@ -109,6 +125,7 @@ class PairObjective(ObjectiveConfig):
 
     needs: ClassVar[Pass] = "embed"
     min_rows: ClassVar[int] = 2
+    takes_several: ClassVar[bool] = False
     pairs: tuple[tuple[str, str], ...] = ()
     same_label: SameLabel = "negative"
     chunk: int = Field(default=1024, ge=1)
@@ -139,7 +156,7 @@ class PairObjective(ObjectiveConfig):
         losses: dict[str, Tensor] = {}
         count = 0
         for first, second in self.pairs or itertools.combinations(sorted(outputs.embeddings), 2):
-            pair = pair_streams(outputs, first, second)
+            pair = pair_streams(outputs, first, second, takes_several=self.takes_several)
             if pair is None or len(pair.samples_B) < self.min_rows:
                 continue
             relation = Relation(label_groups(batch, pair.samples_B), self.same_label)

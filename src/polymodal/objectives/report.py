@@ -38,10 +38,12 @@ class TwinNeed(NamedTuple):
 
     Args:
         decay: of its weights, per step; queue: vectors of each stream of the shared space that are kept.
+        passes: what it runs.
     """
 
     decay: float
     queue: int
+    passes: tuple[Pass, ...] = ("embed",)
 
 
 class ObjectiveConfig(Config):

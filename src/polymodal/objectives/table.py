@@ -23,6 +23,7 @@ from polymodal.objectives.masked_patches import MaskedPatches
 from polymodal.objectives.matching import Matching
 from polymodal.objectives.momentum_contrast import MomentumContrast
 from polymodal.objectives.next_token import NextToken
+from polymodal.objectives.orthogonality import Orthogonality
 from polymodal.objectives.pair_contrast import PairContrast
 from polymodal.objectives.report import LossReport, ObjectiveConfig
 from polymodal.objectives.sigmoid_pairs import SigmoidPairs
@@ -46,6 +47,7 @@ OBJECTIVES: Table[ObjectiveConfig] = Table(
         MomentumContrast,
         Distill,
         Consolidation,
+        Orthogonality,
     ],
 )
 

@@ -12,7 +12,8 @@ from polymodal.models.adapters.base import plain
 from polymodal.models.presets import ARCHITECTURES, Vocabulary
 from polymodal.models.weights import NameTable
 from polymodal.models.weights.names import SAME, Same, Slice, Transposed
-from polymodal.recipes.published import Published, _hub_files
+from polymodal.recipes.exporting import hub_files
+from polymodal.recipes.published import Published
 from polymodal.recipes.schema import Recipe
 
 PREFIX = "base_model.model."
@@ -92,7 +93,7 @@ def _tables(recipe: Recipe) -> dict[str, tuple[str, NameTable]]:
     if recipe.sources:
         return found
     try:
-        chosen, _ = _hub_files(recipe.model, Vocabulary(recipe.model.tokenizer.vocab_size), None)
+        chosen, _ = hub_files(recipe.model, Vocabulary(recipe.model.tokenizer.vocab_size), ARCHITECTURES)
     except ConfigError:
         return {}
     return {"": ("", ARCHITECTURES[chosen].names(recipe.model, ()))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,7 @@ from polymodal.modalities.table import build_reader
 from polymodal.modalities.text import Tokenizer
 from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import MultimodalModel
-from polymodal.models.weights.assign import no_weights
+from polymodal.models.weights.assign import main_dtype, no_weights
 from polymodal.recipes.extending import base_tokenizers, fill_base
 from polymodal.recipes.published import Published, fill_sources
 from polymodal.recipes.schema import PartSource, Recipe
@@ -54,7 +54,7 @@ def assemble(
     tokenizer = tokenizer or make_tokenizer(recipe)
     text_tokenizers = text_tokenizers or make_text_tokenizers(recipe)
     torch.manual_seed(recipe.seed)
-    network = _network(recipe, tokenizer, text_tokenizers)
+    network = _network(recipe, tokenizer, text_tokenizers, _replaced(recipe) if with_sources else ())
     if with_sources and recipe.sources:
         fill_sources(network, recipe.sources)
     if with_sources and recipe.extend is not None:
@@ -64,34 +64,48 @@ def assemble(
     return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer, text_tokenizers), network, text_tokenizers)
 
 
-def _network(recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer]) -> MultimodalModel:
+def _replaced(recipe: Recipe) -> list[str]:
+    """Paths of the parts that the reference library loads whole, in place of what is built."""
+    model = recipe.model
+    parts = {f"streams.{name}.encoder": stream.encoder.use for name, stream in model.streams.items()}
+    parts["backbone"] = model.backbone.use
+    return [path for path, use in parts.items() if use == "transformers" and path in recipe.sources]
+
+
+def _network(
+    recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer], later: Collection[str] = ()
+) -> MultimodalModel:
     controls = {
         name: text_tokenizers.get(name, tokenizer).controls
         for name, stream in recipe.model.streams.items()
         if stream.modality == "text"
     }
-    return MultimodalModel(recipe.model, vocabulary_rows(recipe.model.tokenizer, tokenizer), controls)
+    return MultimodalModel(recipe.model, vocabulary_rows(recipe.model.tokenizer, tokenizer), controls, later)
 
 
-def load_published(source: str | os.PathLike[str]) -> Assembly:
-    """The model of a published checkpoint, its weights mapped from the file and not copied where they are float32.
+def load_published(source: str | os.PathLike[str], *, as_stored: bool = False) -> Assembly:
+    """The model of a published checkpoint, its weights mapped from the file and copied only where they are converted.
 
     Args:
         source: a checkpoint folder or a hub id.
+        as_stored: whether the network computes in the number format that most of the weights are stored in; else all of
+            it becomes float32, in which models train.
 
     Raises:
         CheckpointError: if files are missing or damaged, or tensors are missing or unknown.
         ConfigError: if the architecture has no native form.
     """
     published = Published(source)
-    whole = PartSource(folder=str(published.folder.path), part="")
+    whole = PartSource(folder=str(published.folder.path), part="", architecture=published.architecture.name)
     recipe = Recipe(name=published.folder.path.name, model=published.model, sources={"": whole})
     tokenizer, text_tokenizers = make_tokenizer(recipe), make_text_tokenizers(recipe)
     with no_weights():
         network = _network(recipe, tokenizer, text_tokenizers)
     published.fill(network)
+    # One format for all: layers take no input of another one.
+    network.to(main_dtype(network) if as_stored else torch.float32)
     processor = make_processor(recipe, tokenizer, text_tokenizers)
-    return Assembly(recipe, tokenizer, processor, network.float(), text_tokenizers)
+    return Assembly(recipe, tokenizer, processor, network, text_tokenizers)
 
 
 def make_processor(

@@ -1,7 +1,8 @@
 """Captioning and filtering (CapFilt): a model writes captions for media, a model throws out texts that do not fit.
 
-Source: BLIP, arXiv 2201.12086, section 3.3. Deviations: any medium, not images alone; the filter is the shared space of
-a model, with a threshold calibrated on mismatched pairs of the same data, since such a model has no matching head.
+Source: BLIP, arXiv 2201.12086, section 3.3: captions are drawn from the nucleus, and a text, written or found, goes if
+the matching head says that it does not fit. Here any medium may stand in the place of the image; a filter without a
+matching head judges by its shared space, with a threshold from mismatched pairs of the same data.
 """
 
 from __future__ import annotations
@@ -20,21 +21,36 @@ from numpy.typing import NDArray
 
 from polymodal.core.errors import DataError, PolymodalError
 from polymodal.core.parts import Media, Part, Text
-from polymodal.core.samples import Message, Sample, sample_to_json
+from polymodal.core.samples import Sample, sample_to_json
 from polymodal.data.sources import open_source
+from polymodal.inference.sampling import Sampling
+from polymodal.recipes.model import CAPTION_REQUEST
 
 Progress = Callable[[int, int], None]
+Pair = tuple[Media, str]
+
+FALSE_ACCEPT = 0.05
+"""Share of mismatched pairs that a shared space lets pass unless told otherwise."""
+EVEN = 0.5
+"""From this chance on a matching head says that a pair fits."""
 
 
 class Captioner(Protocol):
-    """What writes captions: a :class:`polymodal.recipes.model.Model` with a decoder."""
+    """What writes captions: a :class:`polymodal.recipes.model.Model` that chats or captions."""
 
-    def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
-        """Greedy answers to conversations."""
+    def caption(self, media: Sequence[Media | None], request: str, sampling: Sampling) -> list[str]:
+        """A caption of each medium."""
 
 
 class Filter(Protocol):
-    """What judges pairs: a :class:`polymodal.recipes.model.Model` with a shared space."""
+    """What judges pairs: a :class:`polymodal.recipes.model.Model` with a matching head or a shared space."""
+
+    @property
+    def can_match(self) -> bool:
+        """Whether it has a matching head; else it has a shared space."""
+
+    def match(self, samples: Sequence[Sample], batch_size: int = 256) -> NDArray[np.float32]:
+        """The chance that the parts of each view set belong together."""
 
     def embed(self, parts: Sequence[Part | str], batch_size: int = 64) -> NDArray[np.float32]:
         """Unit vectors."""
@@ -50,7 +66,8 @@ class CapFiltReport:
         kept: how many texts were kept, ``original`` and ``synthetic``.
         dropped: how many were thrown out.
         skipped: (sample, reason) of those that could not be used.
-        threshold: the least similarity of a kept pair.
+        judged_by: ``matching`` (chances that a pair fits) or ``similarity`` (cosines in the shared space).
+        threshold: the least score of a kept pair.
     """
 
     num_samples: int
@@ -58,6 +75,7 @@ class CapFiltReport:
     kept: dict[str, int]
     dropped: dict[str, int]
     skipped: list[tuple[str, str]]
+    judged_by: str
     threshold: float
 
     def to_data(self) -> dict[str, Any]:
@@ -68,6 +86,7 @@ class CapFiltReport:
             "kept": self.kept,
             "dropped": self.dropped,
             "skipped": [list(pair) for pair in self.skipped],
+            "judged_by": self.judged_by,
             "threshold": self.threshold,
         }
 
@@ -78,10 +97,10 @@ def capfilt(
     captioner: Captioner | None,
     judge: Filter,
     *,
-    request: str = "Describe this image.",
-    false_accept: float = 0.05,
+    request: str = CAPTION_REQUEST,
+    sampling: Sampling | None = None,
+    false_accept: float | None = None,
     threshold: float | None = None,
-    max_new_tokens: int = 96,
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> CapFiltReport:
@@ -89,69 +108,103 @@ def capfilt(
 
     Args:
         data: JSON Lines of view sets with one medium and a ``text``.
-        out: the JSON Lines file to write; each line's ``meta`` says where its text is from and how similar the pair is.
+        out: the JSON Lines file to write; each line's ``meta`` says where its text is from (``caption``) and how well
+            the filter thinks it fits (``fit``).
         captioner: writes a second text for every medium; None only filters.
-        judge: whose shared space measures whether a text fits.
-        request: what the captioner is asked.
+        judge: whose matching head, or else shared space, says whether a text fits.
+        request: what a captioner that chats is asked.
+        sampling: how captions are drawn; None is greedy, of at most 96 tokens. The paper draws from the nucleus
+            (``top_p: 0.9, temperature: 1``): more varied captions, more of them wrong, and the filter to see to that.
         false_accept: share of mismatched pairs that may pass; it sets the threshold.
-        threshold: the least cosine similarity of a kept pair; None calibrates it by ``false_accept``.
-        max_new_tokens: length of a written caption.
+        threshold: the least score of a kept pair. Without it and ``false_accept``, a matching head decides by itself
+            (0.5), and a shared space lets 5 % of the mismatched pairs pass.
         batch_size: samples at a time.
         progress: called with (samples done, samples in all).
 
     Raises:
         DataError: if no sample is usable, or ``out`` exists.
     """
-    if not 0 < false_accept < 1:
+    if false_accept is not None and not 0 < false_accept < 1:
         raise DataError(f"false_accept: found {false_accept}, expected a share between 0 and 1")
+    if false_accept is not None and threshold is not None:
+        raise DataError("found both false_accept and threshold, expected one of them")
     target = Path(out)
     if target.exists():
         raise DataError(f"{target}: exists; choose another file")
     source = open_source(data)
+    filter_ = _MatchingFilter(judge, batch_size) if judge.can_match else _SimilarityFilter(judge, batch_size)
+    drawn = sampling or Sampling(max_new_tokens=96)
     skipped: list[tuple[str, str]] = []
-    pairs: list[_Pair] = []
+    told: list[_Told] = []
     for start in range(0, len(source), batch_size):
         found = list(_usable((source[i] for i in range(start, min(start + batch_size, len(source)))), skipped))
-        pairs += _judged(found, captioner, judge, request, max_new_tokens, batch_size, skipped)
+        readable = _readable(found, filter_, skipped)
+        texts = [_Told(*entry, "original", fit) for entry, fit in readable]
+        if captioner is not None and texts:
+            texts += _written(captioner, filter_, texts, request, drawn)
+        told += texts
         if progress is not None:
             progress(min(start + batch_size, len(source)), len(source))
-    if not pairs:
+    if not told:
         raise DataError(f"{data}: none of {len(source)} samples is a medium with a text; the first: {skipped[:1]}")
-    least = _calibrate(pairs, false_accept) if threshold is None else threshold
-    kept: Counter[str] = Counter()
-    dropped: Counter[str] = Counter()
-    partial = target.with_name(f".tmp-{target.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            fits = pair.similarity >= least
-            (kept if fits else dropped)[pair.origin] += 1
-            if fits:
-                file.write(json.dumps(sample_to_json(pair.written(), target.parent)) + "\n")
-    partial.replace(target)
-    return CapFiltReport(len(source), kept.total(), dict(kept), dict(dropped), skipped, least)
+    if threshold is None:
+        threshold = EVEN
+        if false_accept is not None or not judge.can_match:
+            threshold = _calibrate(told, filter_, false_accept or FALSE_ACCEPT)
+    kept, dropped = _write(told, target, threshold)
+    return CapFiltReport(len(source), kept.total(), dict(kept), dict(dropped), skipped, filter_.name, threshold)
 
 
-@dataclass(slots=True)
-class _Pair:
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A text told of a medium, and how well it fits."""
+
     sample: Sample
     medium: Media
     text: str
     origin: str
-    medium_D: NDArray[np.float32]
-    text_D: NDArray[np.float32]
-
-    @property
-    def similarity(self) -> float:
-        return float(self.medium_D @ self.text_D)
+    fit: float
 
     def written(self) -> Sample:
-        meta = {**self.sample.meta, "caption": self.origin, "similarity": round(self.similarity, 4)}
+        meta = {**self.sample.meta, "caption": self.origin, "fit": round(self.fit, 4)}
         views = {self.medium.modality: self.medium, "text": Text(self.text)}
-        return Sample(f"{self.sample.id}-{self.origin}", views=views, meta=meta)
+        # The label told of the facts of the text that was found; what a written one tells is not known.
+        label = self.sample.label if self.origin == "original" else None
+        return Sample(f"{self.sample.id}-{self.origin}", views=views, label=label, meta=meta)
 
 
-def _usable(samples: Iterator[Sample], skipped: list[tuple[str, str]]) -> Iterator[tuple[Sample, Media, str]]:
+class _MatchingFilter:
+    name = "matching"
+
+    def __init__(self, judge: Filter, batch_size: int) -> None:
+        self.judge, self.batch_size = judge, batch_size
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
+        """How well each pair fits."""
+        views = [{medium.modality: medium, "text": Text(text)} for medium, text in pairs]
+        samples = [Sample(f"pair {place}", views=there) for place, there in enumerate(views)]
+        return [float(chance) for chance in self.judge.match(samples, self.batch_size)]
+
+
+class _SimilarityFilter:
+    name = "similarity"
+
+    def __init__(self, judge: Filter, batch_size: int) -> None:
+        self.judge, self.batch_size = judge, batch_size
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
+        """How well each pair fits."""
+        media_ND = self.judge.embed([medium for medium, _ in pairs], self.batch_size)
+        texts_ND = self.judge.embed([text for _, text in pairs], self.batch_size)
+        # Of a medium with several vectors the best counts.
+        return [float(np.max(x_D @ y_D)) for x_D, y_D in zip(media_ND, texts_ND, strict=True)]
+
+
+_Judge = _MatchingFilter | _SimilarityFilter
+_Found = tuple[Sample, Media, str]
+
+
+def _usable(samples: Iterator[Sample], skipped: list[tuple[str, str]]) -> Iterator[_Found]:
     for sample in samples:
         media = [part for name, part in sample.views.items() if name != "text" and isinstance(part, Media)]
         text = sample.views.get("text")
@@ -161,60 +214,57 @@ def _usable(samples: Iterator[Sample], skipped: list[tuple[str, str]]) -> Iterat
         yield sample, media[0], text.text
 
 
-def _judged(
-    found: list[tuple[Sample, Media, str]],
-    captioner: Captioner | None,
-    judge: Filter,
-    request: str,
-    max_new_tokens: int,
-    batch_size: int,
-    skipped: list[tuple[str, str]],
-) -> list[_Pair]:
-    """Both texts of every medium with their vectors; a medium that cannot be read is skipped by name."""
-    readable, vectors = _read(found, judge, batch_size, skipped)
-    if not readable:
+def _readable(found: list[_Found], filter_: _Judge, skipped: list[tuple[str, str]]) -> list[tuple[_Found, float]]:
+    """The samples that can be read, and how well their own texts fit; the others are skipped by name."""
+    if not found:
         return []
-    texts = [(place, text, "original") for place, (_, _, text) in enumerate(readable)]
-    if captioner is not None:
-        prompts = [Sample(s.id, (Message("user", (medium, Text(request))),)) for s, medium, _ in readable]
-        written = captioner.answer(prompts, max_new_tokens)
-        texts += [(place, text, "synthetic") for place, text in enumerate(written) if text]
-    text_vectors = judge.embed([text for _, text, _ in texts], batch_size)
+    try:
+        fits = filter_([(medium, text) for _, medium, text in found])
+        return list(zip(found, fits, strict=True))
+    except PolymodalError as error:
+        if len(found) == 1:
+            skipped.append((found[0][0].id, str(error)))
+            return []
+        # One of them cannot be read: ask for each alone, to name it.
+        return [pair for entry in found for pair in _readable([entry], filter_, skipped)]
+
+
+def _written(
+    captioner: Captioner, filter_: _Judge, texts: Sequence[_Told], request: str, sampling: Sampling
+) -> list[_Told]:
+    """Captions of the same media; one that is empty is none."""
+    captions = captioner.caption([told.medium for told in texts], request, sampling)
+    there = [(told, caption) for told, caption in zip(texts, captions, strict=True) if caption]
+    fits = filter_([(told.medium, caption) for told, caption in there]) if there else []
     return [
-        _Pair(readable[place][0], readable[place][1], text, origin, vectors[place], vector)
-        for (place, text, origin), vector in zip(texts, text_vectors, strict=True)
+        _Told(told.sample, told.medium, caption, "synthetic", fit)
+        for (told, caption), fit in zip(there, fits, strict=True)
     ]
 
 
-def _read(
-    found: list[tuple[Sample, Media, str]], judge: Filter, batch_size: int, skipped: list[tuple[str, str]]
-) -> tuple[list[tuple[Sample, Media, str]], list[NDArray[np.float32]]]:
-    """The samples whose medium can be read, and its vectors."""
-    try:
-        return found, list(judge.embed([medium for _, medium, _ in found], batch_size)) if found else []
-    except PolymodalError:
-        # One of them cannot be read: ask for each alone, to name it.
-        readable: list[tuple[Sample, Media, str]] = []
-        vectors: list[NDArray[np.float32]] = []
-        for entry in found:
-            try:
-                vectors.append(judge.embed([entry[1]], batch_size)[0])
-                readable.append(entry)
-            except PolymodalError as error:
-                skipped.append((entry[0].id, str(error)))
-        return readable, vectors
-
-
-def _calibrate(pairs: Sequence[_Pair], false_accept: float) -> float:
-    """The similarity that this share of mismatched pairs reaches: every medium with another sample's original text."""
-    originals = [pair for pair in pairs if pair.origin == "original"]
+def _calibrate(told: Sequence[_Told], filter_: _Judge, false_accept: float) -> float:
+    """The score that this share of mismatched pairs reaches: every medium with another sample's original text."""
+    originals = [entry for entry in told if entry.origin == "original"]
     if len(originals) < 2:
         raise DataError(f"found {len(originals)} pair(s), expected at least 2 to calibrate a threshold; give one")
-    order = list(range(len(originals)))
-    random.Random(0).shuffle(order)
+    random.Random(0).shuffle(originals)
     # Neighbours in a random order: no medium meets its own text.
-    wrong = [
-        float(originals[one].medium_D @ originals[other].text_D)
-        for one, other in zip(order, order[1:] + order[:1], strict=True)
-    ]
+    neighbours = zip(originals, originals[1:] + originals[:1], strict=True)
+    wrong = filter_([(one.medium, other.text) for one, other in neighbours])
     return float(np.quantile(np.asarray(wrong), 1 - false_accept))
+
+
+def _write(told: Sequence[_Told], target: Path, threshold: float) -> tuple[Counter[str], Counter[str]]:
+    """Write what fits; how many texts of each origin were kept and dropped."""
+    kept: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    partial = target.with_name(f".tmp-{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+        for entry in told:
+            fits = entry.fit >= threshold
+            (kept if fits else dropped)[entry.origin] += 1
+            if fits:
+                file.write(json.dumps(sample_to_json(entry.written(), target.parent)) + "\n")
+    partial.replace(target)
+    return kept, dropped

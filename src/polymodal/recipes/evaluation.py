@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from polymodal.core.config import load_yaml
+from polymodal.core.errors import ConfigError
 from polymodal.evaluation.runner import Progress
 from polymodal.evaluation.runner import evaluate as run_task
 from polymodal.evaluation.scores import Report
 from polymodal.evaluation.tasks import TASKS, QuestionsTask, TaskConfig
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.loading import load_recipe
+from polymodal.recipes.model import RECIPE, Model, load
 
 
 def resolve_task(task: Any, root: str | os.PathLike[str] = ".") -> TaskConfig:
@@ -33,6 +35,21 @@ def resolve_task(task: Any, root: str | os.PathLike[str] = ".") -> TaskConfig:
     if "data" in data:
         data["data"] = str(Path(root) / data["data"])
     return TASKS.parse(data, "task")
+
+
+def own_tasks(run: str | os.PathLike[str]) -> list[TaskConfig]:
+    """The tasks that the recipe of a run names under ``evaluate``; their data are below its ``data_root``.
+
+    Raises:
+        ConfigError: if the folder holds no recipe, or the recipe names none.
+    """
+    path = Path(run) / RECIPE
+    if not path.is_file():
+        raise ConfigError(f"{path.parent}: holds no {RECIPE} that would name tasks; give a file of questions or a task")
+    recipe = load_recipe(path)
+    if not recipe.evaluate:
+        raise ConfigError(f"{path}: names no task under 'evaluate'; give a file of questions or a task")
+    return [resolve_task(entry, recipe.data_root) for entry in recipe.evaluate]
 
 
 def evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from polymodal.core.config import unknown
 from polymodal.core.errors import CheckpointError, ConfigError, SampleError
-from polymodal.core.parts import Part, Text
+from polymodal.core.parts import Media, Part, Text, Video
 from polymodal.core.samples import Message, Sample, conversation
+from polymodal.inference.captions import write_captions
 from polymodal.inference.engine import Engine, Generation
+from polymodal.inference.filling import fill
 from polymodal.inference.prefix import PrefixCache
+from polymodal.inference.quantised import WEIGHTS as WEIGHTS_IN_FEWER_BITS
 from polymodal.inference.quantised import quantise
 from polymodal.inference.sampling import Sampling
 from polymodal.inference.speech import Speech, Task, transcribe_speech
@@ -25,13 +28,15 @@ from polymodal.inference.transcription import transcribe_ctc
 from polymodal.modalities.text import ChatTemplate, Tokenizer, TokenStream
 from polymodal.models.adapters import DEFAULT, merge_adapters, use_adapters
 from polymodal.models.heads.table import ClassConfig, ProjectionHead
+from polymodal.models.layers.dropping import MediaDrop
 from polymodal.models.presets import Vocabulary
 from polymodal.models.weights.assign import wanted_names
 from polymodal.models.weights.folder import is_checkpoint
 from polymodal.recipes.adapters_hub import export_adapter, load_adapter
 from polymodal.recipes.assemble import Assembly, assemble, load_published
+from polymodal.recipes.exporting import export_hub
+from polymodal.recipes.keyframes import keyframes
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.published import export_hub
 from polymodal.recipes.tokenizers import read_text_tokenizers, reads_text, recipe_chat, write_tokenizer
 from polymodal.safety.checks import check_input
 from polymodal.training.freezing import keep_adapters
@@ -40,6 +45,7 @@ from polymodal.training.weights import read_weights
 WEIGHTS = "model.safetensors"
 RECIPE = "recipe.yaml"
 TOKENIZER = "tokenizer.json"
+CAPTION_REQUEST = "Describe this image."
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +103,7 @@ class Model:
         precision = self.recipe.precision
         self.compute = precision.model_copy(update={"device": device or precision.device}).resolve()
         self.network.to(self.compute.device)
-        self.engine = Engine(self.network, assembly.processor)
+        self.engine = Engine(self.network, assembly.processor, drop=self.recipe.drop_media)
 
     def chat(
         self,
@@ -105,6 +111,7 @@ class Model:
         history: Sequence[Message] = (),
         sampling: Sampling | None = None,
         tokens: int | None = None,
+        drop_media: MediaDrop | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Answer:
         """Answer one user turn.
@@ -114,6 +121,8 @@ class Model:
             history: earlier messages.
             sampling: how to draw; or its fields as keywords (``max_new_tokens=20``).
             tokens: the most tokens of all media; ``Answer.choices`` says what became fewer for it.
+            drop_media: media tokens that the decoder goes on without (``{"after": 2, "share": 0.5}``), in the place of
+                the recipe's; see :class:`~polymodal.models.layers.dropping.MediaDrop`.
             options: fields of :class:`Sampling`.
 
         Raises:
@@ -122,7 +131,8 @@ class Model:
         """
         started = time.perf_counter()
         generation = Generation()
-        pieces = list(self._stream(_turn(parts, history, tokens), sampling or Sampling.parse(options), generation))
+        drawn = sampling or Sampling.parse(options)
+        pieces = list(self._stream(_turn(parts, history, tokens), drawn, generation, drop_media))
         return Answer(
             "".join(pieces),
             tuple(generation.ids),
@@ -139,21 +149,60 @@ class Model:
         history: Sequence[Message] = (),
         sampling: Sampling | None = None,
         tokens: int | None = None,
+        drop_media: MediaDrop | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """Like :meth:`chat`, yielding the text piece by piece as it is drawn."""
-        return self._stream(_turn(parts, history, tokens), sampling or Sampling.parse(options), Generation())
+        drawn = sampling or Sampling.parse(options)
+        return self._stream(_turn(parts, history, tokens), drawn, Generation(), drop_media)
 
-    def answer(self, samples: Sequence[Sample], max_new_tokens: int = 32) -> list[str]:
+    def answer(
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int = 32,
+        drop_media: MediaDrop | Mapping[str, Any] | None = None,
+    ) -> list[str]:
         """Greedy answers to many conversations, batched; trailing assistant turns are left out of the prompts."""
         prompts = [_without_answer(sample) for sample in samples]
-        generations = self.engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens))
+        drop = _parsed(drop_media)
+        generations = self.engine.generate(prompts, Sampling(max_new_tokens=max_new_tokens), drop=drop)
+        return [self.tokenizer.decode(generation.ids).strip() for generation in generations]
+
+    def caption(
+        self,
+        media: Sequence[Media | None],
+        request: str = CAPTION_REQUEST,
+        sampling: Sampling | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """A caption of each medium, greedily unless the sampling says otherwise.
+
+        Args:
+            media: what to describe; None stands for nothing, as a control: what the words alone would be.
+            request: what a model that chats is asked (an empty text: nothing but the medium, as BLIP's captioner wants
+                it). Models with an encoder backbone read no words and are asked nothing.
+            sampling: how to draw; or its fields as keywords (``max_new_tokens=40``).
+            options: fields of :class:`Sampling`; 96 new tokens unless told.
+
+        Raises:
+            ConfigError: if the model cannot write captions.
+            SampleError: if the model does not take a medium.
+            MediaError: if one cannot be used.
+        """
+        drawn = sampling or Sampling.parse({"max_new_tokens": 96, **options})
+        if self.engine.processor.chat is None:
+            return [written.text for written in write_captions(self.engine, media, drawn)]
+        turns = [tuple(part for part in (medium, request and Text(request)) if part) for medium in media]
+        asked = [Sample(f"medium {i}", (Message("user", parts),)) for i, parts in enumerate(turns)]
+        generations = self.engine.generate(asked, drawn)
         return [self.tokenizer.decode(generation.ids).strip() for generation in generations]
 
     def embed(
         self, parts: Sequence[Part | str], batch_size: int = 64, stream: str | None = None
     ) -> NDArray[np.float32]:
         """Unit vectors in the model's shared space, float32 ``[N, E]``, one per part.
+
+        A stream whose items have several, of which the best counts (BLIP-2's pictures), gives ``[N, M, E]``.
 
         Args:
             parts: texts and media.
@@ -162,7 +211,8 @@ class Model:
                 its own (``depth``).
 
         Raises:
-            ConfigError: if the model has no projection head, or no such stream.
+            ConfigError: if the model has no projection head, or no such stream, or some parts have one vector and some
+                several.
             SampleError: if no stream of the shared space takes a part's modality.
         """
         wrapped = [Text(part) if isinstance(part, str) else part for part in parts]
@@ -184,8 +234,23 @@ class Model:
                 rows = indices[start : start + batch_size]
                 view = streams[spaces[modality]].view or modality
                 views = [Sample(f"part {i}", views={view: wrapped[i]}) for i in rows]
-                vectors[rows] = self.engine.embed(views)[spaces[modality]][0]
+                found = self.engine.embed(views)[spaces[modality]][0]
+                if found.ndim == 3 and vectors.ndim == 2 and len(by_modality) == 1:
+                    vectors = np.zeros((len(wrapped), *found.shape[1:]), dtype=np.float32)
+                if found.shape[1:] != vectors.shape[1:]:
+                    raise ConfigError(
+                        f"embed: found {found.shape[1]} vectors for each {modality} and parts of other modalities, "
+                        "expected parts with as many vectors; embed each modality in a call of its own"
+                    )
+                vectors[rows] = found
         return vectors
+
+    def keyframes(self, video: Video, question: str, count: int, candidates: int = 64) -> Video:
+        """The ``count`` frames of a video most like a question, of ``candidates`` spread over it.
+
+        See :func:`polymodal.recipes.keyframes.keyframes`.
+        """
+        return keyframes(self, video, question, count, candidates)
 
     def classify(self, samples: Sequence[Sample], batch_size: int = 256) -> tuple[list[str], NDArray[np.float32]]:
         """The class of each view set by the model's class head.
@@ -211,6 +276,11 @@ class Model:
         probabilities_SC = np.concatenate([*chances, np.zeros((0, len(classes)), np.float32)])
         return [classes[index] for index in probabilities_SC.argmax(1)], probabilities_SC
 
+    @property
+    def can_match(self) -> bool:
+        """Whether the model has a matching head, so that :meth:`match` works."""
+        return any(head.use == "matching" for head in self.recipe.model.heads.values())
+
     def match(self, samples: Sequence[Sample], batch_size: int = 256) -> NDArray[np.float32]:
         """The chance that the parts of each view set belong together, by the model's matching head, float32 ``[S]``.
 
@@ -223,6 +293,13 @@ class Model:
             for start in range(0, len(samples), batch_size)
         ]
         return np.concatenate([*found, np.zeros(0, np.float32)]).astype(np.float32)
+
+    def fill(self, samples: Sequence[Sample], hidden: Sequence[tuple[int, int]], head: str = "") -> list[str]:
+        """What stands in the text of each view set at the hidden characters ``[start, end)``.
+
+        See :func:`polymodal.inference.filling.fill`.
+        """
+        return fill(self.engine, samples, hidden, head)
 
     @overload
     def transcribe(
@@ -319,8 +396,7 @@ class Model:
         own = self.tokenizer
         has_pad = own.names.pad is not None
         vocabulary = Vocabulary(own.size, own.controls, own.bos_id, own.eos_id, own.pad_id if has_pad else None)
-        sources = [source.folder for source in self.recipe.sources.values()]
-        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, sources)
+        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, self.recipe.sources.values())
         if reads_text(self.recipe):
             chat = recipe_chat(self.recipe)
             write_tokenizer(own, Path(out), chat)
@@ -387,19 +463,29 @@ class Model:
         """Keys and values of earlier prompts are those of other weights now."""
         self.engine.prefixes = PrefixCache(self.engine.prefixes.max_bytes)
 
-    def _stream(self, sample: Sample, sampling: Sampling, generation: Generation) -> Iterator[str]:
+    def _stream(
+        self,
+        sample: Sample,
+        sampling: Sampling,
+        generation: Generation,
+        drop: MediaDrop | Mapping[str, Any] | None,
+    ) -> Iterator[str]:
         verdict = check_input(sample)
         if verdict.action == "block":
             found = "; ".join(reason.message for reason in verdict.reasons)
             raise SampleError(sample.id, f"refused by the input check: {found}")
         decoder = TokenStream(self.tokenizer)
-        for token in self.engine.stream(sample, sampling, generation):
+        for token in self.engine.stream(sample, sampling, generation, _parsed(drop)):
             piece = decoder.push(token)
             if piece:
                 yield piece
         rest = decoder.finish()
         if rest:
             yield rest
+
+
+def _parsed(drop: MediaDrop | Mapping[str, Any] | None) -> MediaDrop | None:
+    return None if drop is None else MediaDrop.parse(drop, "drop_media")
 
 
 def _turn(parts: tuple[Part | str, ...], history: Sequence[Message], tokens: int | None = None) -> Sample:
@@ -416,35 +502,47 @@ def _without_answer(sample: Sample) -> Sample:
     return Sample(sample.id, messages, sample.views, sample.label, sample.meta, sample.tokens)
 
 
-def load(path: str | os.PathLike[str], device: str | None = None, weights: str | None = None) -> Model:
+LOADED = ("auto", "fp32", *WEIGHTS_IN_FEWER_BITS)
+"""How weights may be held; see :func:`load`."""
+
+
+def load(path: str | os.PathLike[str], device: str | None = None, weights: str = "auto") -> Model:
     """The model of a run folder or of a published checkpoint.
 
     Args:
         path: the folder that ``polymodal train`` or ``quickstart`` wrote, a checkpoint folder as model hubs lay it out,
             or a hub id.
         device: ``cpu`` or ``cuda``; None takes the recipe's choice.
-        weights: store them in fewer bits, ``bf16``, ``int8`` or ``int4``; see :mod:`polymodal.inference.quantised`.
+        weights: how to hold them. ``auto``: in the number format that most of them are stored in, mapped from a
+            checkpoint's file and not copied. ``fp32``: in float32. ``bf16``, ``int8`` or ``int4``: in fewer bits; see
+            :mod:`polymodal.inference.quantised`.
 
     Raises:
         MissingExtraError: if int8 or int4 is asked for and torchao is not installed.
         CheckpointError: if the folder is neither, or its weights do not match its recipe or config.
         ConfigError: if a published architecture has no native form.
     """
-    model = Model(load_assembly(path), device)
-    if weights is not None:
+    if weights not in LOADED:
+        raise ConfigError(f"weights: {unknown('form', weights, LOADED)}")
+    model = Model(load_assembly(path, as_stored=weights != "fp32"), device)
+    if weights in WEIGHTS_IN_FEWER_BITS:
         quantise(model.network, weights)
     return model
 
 
-def load_assembly(path: str | os.PathLike[str]) -> Assembly:
+def load_assembly(path: str | os.PathLike[str], *, as_stored: bool = False) -> Assembly:
     """The parts of :func:`load`'s model.
+
+    Args:
+        path: see :func:`load`.
+        as_stored: whether a published checkpoint keeps its number format; else it becomes float32.
 
     Raises:
         CheckpointError, ConfigError: as :func:`load`.
     """
     folder = Path(path)
     if not (folder / RECIPE).is_file() and (is_checkpoint(folder) or not folder.exists()):
-        return load_published(path)
+        return load_published(path, as_stored=as_stored)
     missing = [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

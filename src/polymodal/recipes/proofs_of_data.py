@@ -138,20 +138,24 @@ def supervised(probe: Probe) -> str | None:
     """Every conversation has a token to learn from."""
     bad = probe.tolerate([error for error in probe.failures if isinstance(error, NoTargetsError)], "have no target")
     plans = [plan for plan in probe.plans if plan.ids]
-    needs = [entry.name for entry in probe.stage.parsed_objectives() if entry.config.needs == "sequence"]
+    objectives = probe.stage.parsed_objectives()
+    reads_views = [entry.name for entry in objectives if entry.config.needs not in ("sequence", None)]
     views = [plan.id for plan in probe.plans if not plan.ids]
-    if needs and views:
+    found = f"{len(views)} of {len(probe.plans)} samples are view sets, the first is {views[:1]}"
+    if views and not reads_views:
         raise CheckFailed(
-            f"{len(views)} of {len(probe.plans)} samples are view sets, the first is {views[0]!r}; the objective "
-            f"{needs[0]!r} reads conversations, give the views a stage of their own"
+            f"{found}; the objective {objectives[0].name!r} reads conversations alone, give the views a stage of their "
+            "own"
         )
+    if views and plans and probe.stage.batch.packed:
+        raise CheckFailed(f"{found}, which have no tokens to pack; set the batch by samples instead of by tokens")
     if not plans:
         return None
     empty = [plan.id for plan in plans if not any(plan.is_supervised)]
     if empty:
         raise CheckFailed(f"{len(empty)} of {len(plans)} samples have no supervised token, the first is {empty[0]!r}")
-    found, total = sum(sum(plan.is_supervised) for plan in plans), sum(plan.num_tokens for plan in plans)
-    return f"{found:,} of {total:,} tokens ({found / total:.1%}){bad}"
+    learned, total = sum(sum(plan.is_supervised) for plan in plans), sum(plan.num_tokens for plan in plans)
+    return f"{learned:,} of {total:,} tokens ({learned / total:.1%}){bad}"
 
 
 def targets(probe: Probe) -> str | None:

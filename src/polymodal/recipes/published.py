@@ -1,4 +1,4 @@
-"""Published checkpoints: whole models from a folder, parts of recipes ``from`` a folder, and export.
+"""Published checkpoints: whole models from a folder, and parts of recipes ``from`` a folder.
 
 A recipe takes any part of any checkpoint by naming the folder where the part's config would stand::
 
@@ -13,21 +13,19 @@ source of its weights in ``sources``.
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from polymodal.core.config import Config, unknown
 from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
 from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.transformers_encoder import TransformersEncoder
-from polymodal.models.layers import TransformerConfig
-from polymodal.models.presets import ARCHITECTURES, Architecture, Vocabulary, find_architecture, find_size
+from polymodal.models.presets import Architecture, find_architecture, find_size
 from polymodal.models.weights import HubConfigs, HubFolder
 from polymodal.models.weights.assign import assign, materialise, wanted_names, without_memory
 from polymodal.recipes.adapted import adapt, is_adapted
@@ -206,7 +204,7 @@ def resolve(data: Mapping[str, Any]) -> dict[str, Any]:
         if value.get("use", found["use"]) != found["use"]:
             raise ConfigError(f"{path}: found use: {value['use']}, {folder} holds {found['use']!r}; leave 'use' out")
         holder[key] = _over(found, value)
-        sources[path] = {"folder": folder, "part": part}
+        sources[path] = {"folder": folder, "part": part, "architecture": published.architecture.name}
         _fill_beside(published.model, part, role, holder if role == "encoder" else model)
     if sources:
         whole["sources"] = sources
@@ -295,93 +293,3 @@ def fill_sources(network: nn.Module, sources: Mapping[str, PartSource]) -> None:
         is_new = path == "backbone" and published.model.look is None
         looks = [f"{path}.{name}" for name, _ in part.named_modules() if is_new and name.split(".")[-1] in _LOOKS]
         published.fill(network, path, source.part, without=looks)
-
-
-def export_hub(
-    model: ModelConfig,
-    tensors: Mapping[str, Tensor],
-    vocabulary: Vocabulary,
-    out: Path,
-    name: str | None = None,
-    sources: Iterable[str] = (),
-) -> str:
-    """Write a model as a checkpoint folder of its published architecture.
-
-    Args:
-        model: the model's config.
-        tensors: its state dict, shared tensors under their first name only.
-        vocabulary: of its tokenizer.
-        out: a new or empty folder.
-        name: the architecture; None takes the first whose configs read back to this model.
-        sources: checkpoints that the model's parts came from; weights that the published model has and ours does not
-            need (blocks after the one whose features are read) are taken from them.
-
-    Returns:
-        The architecture's name.
-
-    Raises:
-        ConfigError: if no published architecture is this model, saying why for each that was tried.
-        CheckpointError: if ``out`` is not empty.
-    """
-    from safetensors.torch import save_file
-
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: is not empty; choose a new folder")
-    chosen, files = _hub_files(model, vocabulary, name)
-    table = ARCHITECTURES[chosen].names(model, ())
-    stored = table.save(tensors, f"export as {chosen}")
-    for folder in dict.fromkeys(sources):
-        theirs = HubFolder(find_folder(folder)).tensors
-        stored.update({key: theirs[key] for key in theirs if key not in stored and table.is_unused(key)})
-    out.mkdir(parents=True, exist_ok=True)
-    for file, data in files.items():
-        (out / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in stored.items()}
-    save_file(contiguous, out / ARCHITECTURES[chosen].weights_file, metadata={"format": "pt"})
-    return chosen
-
-
-def _hub_files(model: ModelConfig, vocabulary: Vocabulary, name: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
-    reasons = []
-    for candidate in [name] if name else ARCHITECTURES:
-        if candidate not in ARCHITECTURES:
-            raise ConfigError(f"export: unknown architecture {candidate!r}; expected one of {sorted(ARCHITECTURES)}")
-        try:
-            files = ARCHITECTURES[candidate].to_hub(model, vocabulary)
-            difference = _difference(model, ARCHITECTURES[candidate], files)
-        except ConfigError as error:
-            reasons.append(str(error))
-            continue
-        if not difference:
-            return candidate, files
-        reasons.append(f"{candidate}: cannot say {difference}")
-    raise ConfigError("export: no published layout holds this model:\n  " + "\n  ".join(reasons))
-
-
-def _difference(model: ModelConfig, architecture: Architecture, files: Mapping[str, dict[str, Any]]) -> str:
-    """What is lost when the exported configs are read again; "" if nothing is."""
-    again = architecture.model(
-        HubConfigs(
-            files[architecture.config_file],
-            files.get("preprocessor_config.json", {}),
-            files.get("processor_config.json", {}),
-            files.get("generation_config.json", {}),
-            files.get("tokenizer_config.json", {}),
-            files.get("vocab.json", {}),
-        )
-    )
-    return next(_differing(model.to_data(), again.to_data(), "model"), "")
-
-
-def _differing(ours: Any, again: Any, path: str) -> Iterator[str]:
-    if path == "model.tokenizer" or path.endswith((".reader.tokenizer", ".encoder.vocab_size")):
-        return  # the tokenizer's affair
-    if path in ("model.backbone.chat", "model.backbone.stop_ids"):
-        return  # the chat template's and the generation config's
-    if path.endswith(".transformer") and isinstance(ours, dict) and isinstance(again, dict):
-        ours, again = (TransformerConfig.parse(stack).resolved().to_data() for stack in (ours, again))
-    if isinstance(ours, dict) and isinstance(again, dict):
-        for key in sorted(ours.keys() | again.keys()):
-            yield from _differing(ours.get(key), again.get(key), f"{path}.{key}")
-    elif ours != again:
-        yield f"{path}: {ours!r} (reads back as {again!r})"

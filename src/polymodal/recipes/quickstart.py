@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Media, Part, Text
-from polymodal.core.samples import Sample
 from polymodal.data.scenes import make_scenes
 from polymodal.evaluation.report_html import ReportData, write_report
 from polymodal.evaluation.runner import evaluate
@@ -31,7 +30,7 @@ from polymodal.evaluation.tasks import QuestionsTask, RetrievalTask, TaskConfig,
 from polymodal.models.heads.table import ProjectionConfig
 from polymodal.recipes.evaluation import resolve_task
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import WEIGHTS, Model, load
+from polymodal.recipes.model import WEIGHTS, Model, load_assembly
 from polymodal.recipes.quickstart_report import report_data
 from polymodal.recipes.run import train
 from polymodal.recipes.schema import Recipe
@@ -215,7 +214,7 @@ def _measure(root: Path, tasks: Sequence[TaskConfig], clock: _Clock, advance: Ad
         stored = root / "predictions" / f"{task.title.replace(' ', '_').replace(',', '')}.jsonl"
         if not _is_current(stored, task, weights):
             with clock.step(f"measure: {task.title}" if isinstance(task, QuestionsTask) else "measure: search"):
-                model = model or _Remembering(load(root / "run"))
+                model = model or _Remembering(root / "run")
                 partial = stored.with_name(stored.name + ".part")
                 evaluate(model, task, predictions=partial, progress=_named(advance, task.title))
                 partial.replace(stored)
@@ -235,29 +234,28 @@ def _is_current(stored: Path, task: TaskConfig, weights: Path) -> bool:
     return bool(read_predictions(stored)[0]["task"] == task.to_data())
 
 
-class _Remembering:
+class _Remembering(Model):
     """A model that embeds no part twice: every search asks for the same texts and files again."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, folder: Path) -> None:
+        super().__init__(load_assembly(folder))
         self._known: dict[str, NDArray[np.float32]] = {}
 
-    def answer(self, samples: list[Sample], max_new_tokens: int) -> list[str]:
-        """See :meth:`Model.answer`."""
-        return self._model.answer(samples, max_new_tokens)
-
-    def embed(self, parts: list[Part]) -> NDArray[np.float32]:
+    def embed(
+        self, parts: Sequence[Part | str], batch_size: int = 64, stream: str | None = None
+    ) -> NDArray[np.float32]:
         """See :meth:`Model.embed`."""
-        keys = [f"{part.modality}:{part.text if isinstance(part, Text) else _name(part)}" for part in parts]
+        keys = [f"{stream}:{_key(part)}" for part in parts]
         fresh = {key: part for key, part in zip(keys, parts, strict=True) if key not in self._known}
         if fresh:
-            self._known.update(zip(fresh, self._model.embed(list(fresh.values())), strict=True))
+            self._known.update(zip(fresh, super().embed(list(fresh.values()), batch_size, stream), strict=True))
         return np.stack([self._known[key] for key in keys])
 
 
-def _name(part: Part) -> str:
-    assert isinstance(part, Media), "a part is text or media"
-    return part.name
+def _key(part: Part | str) -> str:
+    if isinstance(part, Media):
+        return f"{part.modality}:{part.name}"
+    return f"text:{part.text if isinstance(part, Text) else part}"
 
 
 def ask_lines(root: Path, command: str = "polymodal") -> list[str]:

@@ -27,6 +27,7 @@ from polymodal.data.sources import open_source
 from polymodal.models.compose import to_device
 from polymodal.objectives.table import Losses, passes_of, weighted_losses
 from polymodal.recipes.assemble import Assembly, assemble
+from polymodal.recipes.codes import fit_codes, remove_codes
 from polymodal.recipes.lessons import open_anchors, open_teachers, remove_anchors
 from polymodal.recipes.model import WEIGHTS
 from polymodal.recipes.run_folder import claim, disk_errors, is_finished, locked, run_tokenizer, save_tokenizer
@@ -135,9 +136,10 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
     for target, source in stage.copy_weights.items():
         copied = copy_weights(network, target, source)
         run.progress.note(f"{stage.name}: {target} starts with {copied} tensors of {source}")
+    sources = stage_sources(run.recipe, stage)
+    fit_codes(run.parts, stage, sources, folder, run.progress.note)
     apply_train(network, stage.train, f"stages.{stage.name}.train")
     quarantine = Quarantine(run.out / "quarantine.jsonl", max_rate=run.recipe.max_bad_rate)
-    sources = stage_sources(run.recipe, stage)
     with _features(run, stage, sources) as features:
         processor = features.processor if features is not None else run.parts.processor
         weights = [entry.weight for entry in stage.data]
@@ -171,6 +173,7 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
     finish_train(network, stage.train)
     save_weights(network, done)
     remove_anchors(folder)
+    remove_codes(folder)
     _remove_checkpoints(folder)
 
 

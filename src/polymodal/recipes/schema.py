@@ -10,9 +10,11 @@ from polymodal.core.config import Config, unknown
 from polymodal.core.errors import ConfigError
 from polymodal.core.limits import Limits
 from polymodal.core.passes import kind_of
+from polymodal.models.backbones.decoder import DecoderConfig
 from polymodal.models.compose.config import ModelConfig
-from polymodal.models.compose.model import supports
+from polymodal.models.compose.readouts import supports
 from polymodal.models.heads.table import ClassConfig, ProjectionConfig
+from polymodal.models.layers.dropping import MediaDrop
 from polymodal.objectives.classify import Classify
 from polymodal.objectives.report import ObjectiveConfig
 from polymodal.training.precision import ComputeConfig
@@ -25,10 +27,12 @@ class PartSource(Config):
     Args:
         folder: a checkpoint folder, or a run folder's parts by the same paths.
         part: the part's path within that checkpoint's own model (``streams.image.encoder``).
+        architecture: what its layout is called; an export tries it first. "" where it has no native form.
     """
 
     folder: str
     part: str
+    architecture: str = ""
 
 
 class Recipe(Config):
@@ -55,6 +59,8 @@ class Recipe(Config):
     tokens: PositiveInt | None = None
     """The most tokens of all media of a sample: tiles, frames and detail become fewer until they fit. None: any
     number."""
+    drop_media: MediaDrop | None = None
+    """Media tokens that the decoder goes on without when it answers; training reads all of them. None: none."""
     max_bad_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Share of unusable samples above which a run stops."""
     keep_last: PositiveInt = 2
@@ -84,8 +90,10 @@ class Recipe(Config):
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages: found the names {names}, expected each once")
+        self._check_drop()
         can = supports(self.model)
         for stage in self.stages:
+            self._check_codes(stage)
             for name, _, objective in stage.parsed_objectives():
                 place = f"stages.{stage.name}.objectives.{name}"
                 if objective.needs is not None and kind_of(objective.needs) not in can:
@@ -96,6 +104,29 @@ class Recipe(Config):
                 self._check_streams(place, objective.streams)
                 self._check_classes(place, objective)
         return self
+
+    def _check_drop(self) -> None:
+        """Only our own decoder goes on with fewer tokens, and only before its last block."""
+        backbone, drop = self.model.backbone, self.drop_media
+        if drop is None:
+            return
+        if not isinstance(backbone, DecoderConfig) or backbone.transformer.depth <= drop.after:
+            depth = f" of {backbone.transformer.depth} blocks" if isinstance(backbone, DecoderConfig) else ""
+            raise ValueError(
+                f"drop_media: found after: {drop.after} and the backbone {backbone.use!r}{depth}, expected a 'decoder' "
+                "with more blocks"
+            )
+        if self.model.watched_streams or backbone.transformer.window or backbone.transformer.relative_buckets:
+            raise ValueError("drop_media: found cross-attention, a window or relative positions, expected none of them")
+
+    def _check_codes(self, stage: StageConfig) -> None:
+        """Only streams of discrete codes have centres."""
+        coded = [name for name, stream in self.model.streams.items() if stream.encoder.use == "quantised"]
+        for name in stage.fit_codes:
+            if name not in coded:
+                raise ValueError(
+                    f"stages.{stage.name}.fit_codes: {unknown('stream with a quantised encoder', name, coded)}"
+                )
 
     def _check_streams(self, place: str, named: tuple[str, ...]) -> None:
         """The streams that an objective names must stand in the shared space."""

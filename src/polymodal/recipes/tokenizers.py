@@ -56,7 +56,7 @@ def make_tokenizer(recipe: Recipe) -> Tokenizer:
     texts = list(training_texts(recipe))
     if not texts:
         raise DataError("the tokenizer is to be trained on the recipe's data, and the data holds no text")
-    return train_bpe(texts, config.vocab_size, controls)
+    return train_bpe(texts, config.vocab_size, controls, framed=_frames_text(recipe))
 
 
 def _published(config: TokenizerConfig, controls: Iterable[str]) -> Tokenizer:
@@ -125,6 +125,14 @@ def _hides_text(recipe: Recipe) -> bool:
     heads = recipe.model.heads.values()
     is_hidden = any(isinstance(head, MaskedTokenConfig) and head.predicts == "tokens" for head in heads)
     return is_hidden and recipe.model.tokenizer.path is None
+
+
+def _frames_text(recipe: Recipe) -> bool:
+    """Whether a text stream asks a tokenizer that is trained here for a start and an end."""
+    readers = [stream.reader for stream in recipe.model.streams.values()]
+    return any(
+        isinstance(reader, TextReaderConfig) and reader.tokenizer is None and reader.add_special for reader in readers
+    )
 
 
 def reads_text(recipe: Recipe) -> bool:

@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 
 from polymodal.core.config import Config
 from polymodal.data.planner import BatchSpec
-from polymodal.data.selection import ModalitySource
+from polymodal.data.selection import DescribedSource, ModalitySource
 from polymodal.data.sources import JsonlSource, open_source
 from polymodal.objectives.distill import teachers_of
 from polymodal.objectives.table import WeightedObjective, parse_objectives
@@ -29,15 +29,19 @@ class DataEntry(Config):
     """Its share of the samples drawn, relative to the other entries."""
     modalities: tuple[str, ...] | None = None
     """Only samples all of whose media are of these modalities; None: all samples."""
+    as_views: bool = False
+    """Whether conversations of one question about one medium are read as view sets: the medium, and the answer as its
+    text."""
 
-    def open(self, root: str | os.PathLike[str]) -> JsonlSource | ModalitySource:
+    def open(self, root: str | os.PathLike[str]) -> JsonlSource | ModalitySource | DescribedSource:
         """The source; relative paths start from ``root``.
 
         Raises:
             DataError: if there is none, or nothing of it is selected.
         """
         source = open_source(Path(root) / self.path)
-        return source if self.modalities is None else ModalitySource(source, self.modalities)
+        chosen = source if self.modalities is None else ModalitySource(source, self.modalities)
+        return DescribedSource(chosen) if self.as_views else chosen
 
 
 def _named(value: Any, key: str) -> Any:
@@ -57,6 +61,9 @@ class StageConfig(Config):
     copy_weights: dict[str, str] = Field(default_factory=dict)
     """Part -> another part, whose weights of the same names and shapes it starts this stage with (a video encoder from
     an image encoder of the same widths: inflation)."""
+    fit_codes: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Stream with a ``quantised`` encoder -> how many of its items are read before this stage starts, to fit the
+    centres to what the frozen encoder makes of them (k-means)."""
     objectives: dict[str, Any]
     """Objective name -> weight, or a mapping of its options with ``weight``."""
     batch: BatchSpec

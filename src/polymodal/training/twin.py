@@ -59,18 +59,21 @@ class Twin:
         decays = {need.decay for need in needs.values()}
         if len(decays) > 1:
             raise ConfigError(f"objectives {sorted(needs)}: found decays {sorted(decays)}, expected one twin for all")
-        return cls(model, TwinNeed(decays.pop(), max(need.queue for need in needs.values())))
+        passes = dict.fromkeys(needed for need in needs.values() for needed in need.passes)
+        return cls(model, TwinNeed(decays.pop(), max(need.queue for need in needs.values()), tuple(passes)))
 
     @torch.no_grad()
     def teach(self, batch: Batch, outputs: Outputs, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Put what the twin says of a batch into ``outputs.teacher``."""
+        """Put what the twin says of a batch into ``outputs.teacher``; the same places are hidden from it."""
+        shown = {needed.run: found.shown for needed, found in outputs.tokens.items()}
         with autocast():
-            said = self.network(batch, ("embed",)).embeddings
+            told = self.network(batch, self.need.passes, shown)
+        said = told.embeddings
         width = next(iter(said.values()))[0].shape[1] if said else 0
         device = batch.ids.device
         queues = {name: self.queues.get(name, torch.zeros(0, width, device=device)) for name in said}
         groups = {name: self.groups.get(name, torch.zeros(0, dtype=torch.int64, device=device)) for name in said}
-        outputs.teacher = Teacher(said, queues, groups)
+        outputs.teacher = Teacher(said, queues, groups, told.tokens)
         self._said.append({name: (x_IE, sample_groups(batch, owners)) for name, (x_IE, owners) in said.items()})
 
     def forget(self) -> None:

@@ -17,7 +17,7 @@ from polymodal.models.encoders.i3d import Clip, ClipNorm, inflated
 from polymodal.models.presets import ARCHITECTURES, Vocabulary, find_size
 from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import num_parameters
-from polymodal.recipes.published import export_hub
+from polymodal.recipes.exporting import export_hub
 
 from .reference import randomise
 

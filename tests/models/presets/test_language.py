@@ -44,6 +44,21 @@ LLAMA_3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1000.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.4],
+    "long_factor": [1.0, 2.0, 3.5, 6.0],
+    "original_max_position_embeddings": 60,
+}
 GPT2 = {"vocab_size": ROWS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 OPT = {
     "vocab_size": ROWS,
@@ -59,6 +74,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": (
         "Llama",
         {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    ),
+    "llama-yarn": ("Llama", {**LLAMA, "rope_parameters": YARN}),
+    "qwen2-yarn": ("Qwen2", {**LLAMA, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.2}}),
+    "llama-yarn-whole": ("Llama", {**LLAMA, "rope_parameters": {**YARN, "truncate": False, "attention_factor": 1.3}}),
+    "llama-longrope": ("Llama", {**LLAMA, "rope_parameters": LONGROPE}),
+    "qwen2-window": (
+        "Qwen2",
+        {**LLAMA, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3-window": (
+        "Qwen3",
+        {**LLAMA, "head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
     ),
     "mistral": ("Mistral", {**LLAMA, "sliding_window": 12, "head_dim": 16}),
     "qwen2": ("Qwen2", {**LLAMA, "tie_word_embeddings": True}),
@@ -181,9 +208,21 @@ def test_missing_and_unknown_tensors_are_named(folders: dict[str, Path], tmp_pat
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("llama", {"rope_parameters": None, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
+        (
+            "llama",
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic'",
+        ),
         ("llama", {"attention_bias": True}, "found attention_bias: True, expected False"),
-        ("qwen2", {"use_sliding_window": True}, "found use_sliding_window: True, expected False"),
+        (
+            "qwen2",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            },
+            "expected full_attention first and sliding_attention after it",
+        ),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "found scale_attn_by_inverse_layer_idx: True"),
         ("opt", {"enable_bias": False}, "found enable_bias: False, expected True"),
         ("llama", {"hidden_act": "mish"}, "unknown activation 'mish'"),

@@ -44,7 +44,7 @@ def test_logits_in_its_turns_equal_the_reference(folder: Path, tmp_path: Path) -
     before, after = f"{SYSTEM}Human: <Img>", "</Img> What is it?###Assistant:"
     media = [words.media_id] * QUERIES
     assert plan.ids == [*words.prefix, *words.encode(before), *media, *words.encode(after)]
-    assert model.export(tmp_path / "blip2") == "blip-2"
+    assert model.export(tmp_path / "blip2", "blip-2") == "blip-2"
     reference = transformers.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2").eval()
     processor = transformers.Blip2Processor.from_pretrained(tmp_path / "blip2")
     pixels = processor(images=PICTURES[0], text="", return_tensors="pt").pixel_values
@@ -61,7 +61,7 @@ def test_logits_in_its_turns_equal_the_reference(folder: Path, tmp_path: Path) -
 
 def test_an_export_under_its_own_name_keeps_the_turns(folder: Path, tmp_path: Path) -> None:
     model = pm.load(folder)
-    assert model.export(tmp_path / "own", "minigpt4") == "minigpt4"
+    assert model.export(tmp_path / "own") == "minigpt4", "the layout that it came from"
     again = pm.load(tmp_path / "own")
     assert again.recipe.model.backbone.chat == "minigpt-4"
     assert_same_weights(again.network, model.network)

@@ -17,7 +17,7 @@ from polymodal.models.encoders import ENCODERS
 from polymodal.models.encoders.pointnet_aligned import orthogonality, turn
 from polymodal.models.presets import ARCHITECTURES, Vocabulary, find_size
 from polymodal.models.weights import HubConfigs
-from polymodal.recipes.published import export_hub
+from polymodal.recipes.exporting import export_hub
 
 from .reference import randomise
 

@@ -106,6 +106,23 @@ def test_masked_words_equal_the_reference(tmp_path: Path) -> None:
     assert_same_weights(transformers.ViltForMaskedLM.from_pretrained(tmp_path / "ours"), reference)
 
 
+def test_hidden_words_are_filled_as_the_reference_does(tmp_path: Path) -> None:
+    reference, processor = make(tmp_path, "ViltForMaskedLM")
+    hidden = ["red", "it", "cats"]
+    given = processor(PICTURES, TEXTS, padding=True, truncation=True, max_length=12, return_tensors="pt",
+                      return_offsets_mapping=True)  # fmt: skip
+    spans = [(text.index(word), text.index(word) + len(word)) for text, word in zip(TEXTS, hidden, strict=True)]
+    offsets = given.pop("offset_mapping")
+    wanted = torch.tensor(spans)[:, None]
+    is_hidden = (offsets[..., 0] < wanted[..., 1]) & (offsets[..., 1] > wanted[..., 0])
+    assert is_hidden.any(1).all()
+    given["input_ids"][is_hidden] = processor.tokenizer.mask_token_id
+    with torch.inference_mode():
+        likeliest = reference(**given).logits.argmax(-1)
+    expected = [processor.tokenizer.decode(row[own]) for row, own in zip(likeliest, is_hidden, strict=True)]
+    assert pm.load(tmp_path).fill(SAMPLES, spans) == expected
+
+
 def test_answers_equal_the_reference(tmp_path: Path) -> None:
     reference, processor = make(tmp_path / "theirs", "ViltForQuestionAnswering", num_labels=5)
     model = pm.load(tmp_path / "theirs")

@@ -21,7 +21,8 @@ NAMING = ("What is this?", "Which object is shown?", "Name the object.")
 """What a user says to have one thing named."""
 
 _TIMES = ("never", "once", "twice", "three times", "four times")
-_TO_RELATION = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+TO_RELATION = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+"""Relation -> the words between two things."""
 _PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the centre", "on the right"),
@@ -90,17 +91,18 @@ def _relation(scene: Scene) -> str:
     if scene.relation is None:
         return ""
     first, second, where = scene.relation
-    return f" The {scene.things[first].shape} is {_TO_RELATION[where]} the {scene.things[second].shape}."
+    return f" The {scene.things[first].shape} is {TO_RELATION[where]} the {scene.things[second].shape}."
 
 
-def _and(items: list[str]) -> str:
+def and_list(items: list[str]) -> str:
+    """``a``, ``a and b``, or ``a, b and c``."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 
 def _image(scene: Scene, words: random.Random) -> str:
     number = len(scene.things)
     # The place comes first, so that each of the words that follow can be read off one part of the picture.
-    listed = _and([f"{place(t)} a {t.size} {t.colour} {t.shape}" for t in _reading_order(scene)])
+    listed = and_list([f"{place(t)} a {t.size} {t.colour} {t.shape}" for t in _reading_order(scene)])
     objects = f"{NUMBERS[number]} object" + ("s" if number > 1 else "")
     start = words.choice(
         (
@@ -133,7 +135,7 @@ def _video(scene: Scene, words: random.Random) -> str:
         for t, move in zip(scene.things, scene.moves, strict=True)
     ]
     words.shuffle(told)
-    text = _and(told)
+    text = and_list(told)
     shapes = [scene.things[i].shape for i in scene.blinks]
     if len(shapes) == 1:
         order = f"The {shapes[0]} blinks."

@@ -22,6 +22,7 @@ from polymodal.core.errors import DataError
 from polymodal.core.parts import Media, Part, Text, media_part
 from polymodal.core.samples import Message, Sample, sample_to_json
 from polymodal.data.scenes.captions import MEDIA, NAMING, REQUESTS, caption, facts, object_kind, object_name
+from polymodal.data.scenes.details import DETAIL_REQUESTS, details
 from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
@@ -29,10 +30,10 @@ from polymodal.data.scenes.questions import FAMILIES, Question, questions
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
-FILES = ("views", "objects", "hub", "names", "captions", "questions", "dialogues", "text")
+FILES = ("views", "objects", "hub", "names", "captions", "details", "questions", "dialogues", "text")
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
-VERSION = 3
+VERSION = 4
 """Raised whenever the same seed gives other files."""
 
 ALONE = ("image", "video")
@@ -68,7 +69,7 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and eight JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and nine JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
     - ``objects``: two lines per scene: one of its things alone, as a picture with its kind and as a video with its kind
@@ -76,6 +77,7 @@ def make_scenes(
     - ``hub``: one line per scene: picture, sound, video and the picture's caption;
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
+    - ``details``: one conversation per scene and set of media: what is true of each thing, by its name;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
     - ``text``: conversations without media, about other scenes: descriptions, and questions about a description.
@@ -248,6 +250,13 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "names", _turn(f"{name}-{medium}-name", [shown], words.choice(NAMING), called, meta)
     views = {**{medium: part[medium] for medium in ("image", "audio", "video")}, "text": Text(told["image"])}
     yield "hub", Sample(f"{name}-hub", views=views, meta={"scene": scene.index})
+    # Words of their own: what is told here changes nothing in the other files.
+    chosen = scene.words(2)
+    for media_names, asking in DETAIL_REQUESTS.items():
+        meta = {"modalities": list(media_names), "scene": scene.index}
+        parts = [part[medium] for medium in media_names]
+        answer = details(scene, media_names, chosen)
+        yield "details", _turn(f"{name}-{'-'.join(media_names)}-details", parts, chosen.choice(asking), answer, meta)
     asked = questions(scene, families, words)
     for question in asked:
         meta = {

@@ -106,9 +106,9 @@ class Scene:
         """This scene's stratum; see :func:`stratum`."""
         return stratum(self.seed, self.stream, self.index, purpose, size)
 
-    def words(self) -> random.Random:
-        """The source of choices of wording, independent of everything in the scene."""
-        return random.Random(_state(self.seed, self.stream, self.index, 1))
+    def words(self, purpose: int = 1) -> random.Random:
+        """The source of choices of wording, independent of everything in the scene; one for each purpose above 0."""
+        return random.Random(_state(self.seed, self.stream, self.index, purpose))
 
     def generator(self, medium: int) -> np.random.Generator:
         """The source of noise of one medium."""

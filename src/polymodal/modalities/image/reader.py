@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,10 @@ class ImageReaderConfig(ReaderConfig):
             for a canvas of 224); None: the least that covers the canvas.
         fill: what ``pad`` and ``pad_square`` fill the rest with.
         max_tiles: upper bound of ``tiles``, the thumbnail not counted.
+        keep_tiles: with ``tiles``, the most tiles of the grid that are kept: those whose pixels vary most, in their
+            order, so that plain background goes first; the thumbnail, not counted, stays. None: all.
+        tiles_by: with ``tiles``, how a budget makes tiles fewer: by a coarser ``grid`` of the whole picture, or by
+            ``content``: ``keep_tiles`` of the same grid.
         grids: candidates of ``anyres``, as (rows, columns).
         thumbnail: whether the whole picture, stretched to one tile, comes first: before any ``anyres`` grid, and before
             a ``tiles`` grid of more than one tile.
@@ -73,6 +78,8 @@ class ImageReaderConfig(ReaderConfig):
     shortest_edge_px: int | None = Field(None, ge=1, le=8192)
     fill: Fill = "mean"
     max_tiles: int = Field(6, ge=1, le=256)
+    keep_tiles: int | None = Field(None, ge=1, le=256)
+    tiles_by: Literal["grid", "content"] = "grid"
     grids: tuple[Grid, ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
     thumbnail: bool = True
     cut: Literal["all", "single"] = "all"
@@ -91,6 +98,8 @@ class ImageReaderConfig(ReaderConfig):
 
     @model_validator(mode="after")
     def _cuts(self) -> Self:
+        if self.resolution != "tiles" and (self.keep_tiles is not None or self.tiles_by == "content"):
+            raise ValueError(f"keep_tiles and tiles_by belong to resolution: tiles; found {self.resolution}")
         if self.cut == "single" and self.resolution == "fixed":
             raise ValueError("cut: single belongs to resolution: tiles or anyres; found fixed, which cuts nothing")
         return self
@@ -151,6 +160,9 @@ class ImageReader(Reader):
         config, side = self.config, self.config.size_px
         canvas = config.fit(pixels, (grid[0] * side, grid[1] * side), config.resize)
         units = _cut(canvas, grid, side)
+        if config.keep_tiles is not None and config.keep_tiles < len(units):
+            units = [units[place] for place in most_varied(units, config.keep_tiles)]
+            grid = (1, len(units))
         if has_thumbnail:
             units.insert(0, config.fit(pixels, (side, side), "stretch"))
         is_tiled = config.resolution != "fixed"
@@ -160,11 +172,16 @@ class ImageReader(Reader):
         """See :meth:`Reader.among`: one tile for each of several pictures where ``cut`` says so."""
         if count < 2 or self.config.cut == "all":
             return self
-        one_tile = {"resolution": "fixed", "resize": "pad_square", "fill": "mean", "cut": "all"}
+        one_tile: dict[str, Any] = {"resolution": "fixed", "resize": "pad_square", "fill": "mean", "cut": "all"}
+        one_tile |= {"keep_tiles": None, "tiles_by": "grid"}
         return ImageReader(self.config.model_copy(update=one_tile), self.limits)
 
     def _lengths(self, header: ImageHeader) -> tuple[int, ...]:
         grid, has_thumbnail = self._layout(header)
+        kept = self.config.keep_tiles
+        if kept is not None and kept < grid[0] * grid[1]:
+            # What is kept of a grid has no rows and columns any more.
+            grid = (1, kept)
         lengths = (1,) * (grid[0] * grid[1] + has_thumbnail)
         if self.config.resolution == "fixed":
             return lengths
@@ -178,6 +195,15 @@ class ImageReader(Reader):
         if config.resolution == "anyres":
             return fullest_grid(header.width_px, header.height_px, config.size_px, config.grids), config.thumbnail
         return (1, 1), False
+
+
+def most_varied(tiles: Sequence[NDArray[np.float32]], wanted: int) -> list[int]:
+    """The places, ascending, of the tiles ``[3, H, W]`` whose pixels vary most; of equal ones the first.
+
+    The measure is the deviation of each channel over a tile, the mean of the three: 0 for a tile of one colour.
+    """
+    deviation = [-float(tile.std(axis=(1, 2)).mean()) for tile in tiles]
+    return sorted(np.argsort(deviation, kind="stable")[:wanted].tolist())
 
 
 def centre_square(pixels_HW3: NDArray[np.uint8], share: float) -> NDArray[np.uint8]:

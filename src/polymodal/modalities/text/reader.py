@@ -44,7 +44,8 @@ class TextReaderConfig(ReaderConfig):
     tokenizer: TokenizerFiles | None = None
     """The stream's own tokenizer (a path is enough); None: the model's."""
     add_special: bool = False
-    """Whether the tokens that the tokenizer itself puts around a text stand around it ([CLS] and [SEP])."""
+    """Whether the tokens that the tokenizer itself puts around a text stand around it ([CLS] and [SEP]). One that is
+    trained for the recipe has a start and an end where a stream asks for them; captions begin and end with them."""
     fill: bool = False
     """Whether texts are filled up to ``max_tokens`` with the pad token, which the encoder then reads (SigLIP)."""
     bytes: bool = False
@@ -87,6 +88,16 @@ class TextReader(Reader):
         """The ids as one unit."""
         ids = np.asarray(self._ids(part), dtype=np.int64)
         return ModelInput([ids], (len(ids),))
+
+    def places(self, part: Text, start: int, end: int) -> list[int]:
+        """Places among the ids of :meth:`read` whose tokens hold a character of ``text[start:end]``."""
+        if self.config.bytes:
+            first, last = (len(part.text[:at].encode()) + 1 for at in (start, end))
+            return list(range(first, min(last, self.config.max_tokens - 1)))
+        before = len(self.tokenizer.prefix) if self.config.add_special else 0
+        after = len(self.tokenizer.suffix) if self.config.add_special else 0
+        spans = self.tokenizer.spans(part.text)[: max(0, self.config.max_tokens - before - after)]
+        return [before + place for place, (first, last) in enumerate(spans) if first < end and last > start]
 
     def _ids(self, part: Part) -> list[int]:
         assert isinstance(part, Text)

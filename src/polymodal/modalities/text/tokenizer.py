@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ START = "{start}"
 """In a chat format: whatever the tokenizer itself puts before a text (its start token, or nothing)."""
 END = "{end}"
 """In a chat format: the tokenizer's own end token."""
-OWN_END = "<|end|>"
-"""What a tokenizer trained here calls that end."""
+OWN_START, OWN_END = "<|start|>", "<|end|>"
+"""What a tokenizer trained here calls its start and its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,9 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         self._specials = {token.content: id for id, token in added.items() if token.special}
         if names.eos is None and OWN_END in self._specials:
-            names = TokenNames(names.pad, names.media, names.bos, OWN_END)
+            names = replace(names, eos=OWN_END)
+        if names.bos is None and OWN_START in self._specials:
+            names = replace(names, bos=OWN_START)
         self.names = names
         self.pad_id = self._id_of(names.pad or names.eos, "pad", 0)
         self.media_id = self._id_of(names.media, "media", self.pad_id)
@@ -140,6 +142,10 @@ class Tokenizer:
         """
         backend = self._backend if is_first else self._later
         return list(backend.encode(text, add_special_tokens=False).ids)
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters ``[start, end)`` that each of :meth:`encode`'s ids stands for."""
+        return [(int(start), int(end)) for start, end in self._backend.encode(text, add_special_tokens=False).offsets]
 
     @cached_property
     def _later(self) -> tokenizers.Tokenizer:
@@ -237,26 +243,33 @@ def _never_prepend(pre_tokenizer: Any) -> bool:
 class TokenStream:
     """Decodes ids one at a time, holding back bytes of unfinished characters.
 
-    ``push`` returns the text that became certain; the pieces, joined, equal ``tokenizer.decode`` of all ids.
+    ``push`` returns the text that became certain; the pieces, joined, equal ``tokenizer.decode`` of all ids. Only the
+    ids of the last piece are decoded again, for what a token becomes depends on whether one stands before it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._sent = ""
+        self._before = 0
+        """How many of the ids made the last piece."""
 
     def push(self, id: int) -> str:
         """Add one id and return the new text, possibly empty."""
         self._ids.append(id)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        piece = self._rest()
+        if not piece or piece.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        return self._advance(text)
+        self._ids = self._ids[self._before :]
+        self._before = len(self._ids)
+        return piece
 
     def finish(self) -> str:
         """What was held back, at the end."""
-        return self._advance(self._tokenizer.decode(self._ids))
-
-    def _advance(self, text: str) -> str:
-        piece, self._sent = text[len(self._sent) :], text
+        piece = self._rest()
+        self._before = len(self._ids)
         return piece
+
+    def _rest(self) -> str:
+        """The text of the ids after the last piece."""
+        told = self._tokenizer.decode(self._ids[: self._before])
+        return self._tokenizer.decode(self._ids)[len(told) :]

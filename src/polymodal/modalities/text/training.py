@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from polymodal.core.errors import ConfigError
-from polymodal.modalities.text.tokenizer import END, MEDIA, OWN_END, PAD, START, Tokenizer
+from polymodal.modalities.text.tokenizer import END, MEDIA, OWN_END, OWN_START, PAD, START, Tokenizer
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = ()) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, controls: Iterable[str] = (), *, framed: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE: every text can be encoded, and decoding gives it back exactly.
 
     Source: Sennrich 1508.07909; byte-level as in GPT-2. Digits are single tokens.
@@ -20,11 +22,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = (
         texts: the corpus.
         vocab_size: ids in all, the 256 bytes and the control tokens included.
         controls: control tokens besides the standard ones.
+        framed: whether the tokenizer itself puts ``<|start|>`` before a text and ``<|end|>`` behind it, as BERT's does
+            with its [CLS] and [SEP]; readers ask for them by ``add_special``.
 
     Raises:
         ConfigError: if ``vocab_size`` leaves no room for the bytes and the control tokens.
     """
-    names = list(dict.fromkeys([PAD, MEDIA, *(OWN_END if name == END else name for name in controls if name != START)]))
+    own = [OWN_END if name == END else name for name in controls if name != START]
+    names = list(dict.fromkeys([PAD, MEDIA, *own, *((OWN_START, OWN_END) if framed else ())]))
     if vocab_size < 256 + len(names):
         raise ConfigError(
             f"tokenizer.vocab_size: found {vocab_size}, expected at least {256 + len(names)} "
@@ -42,4 +47,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: Iterable[str] = (
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    if framed:
+        ids = [(name, backend.token_to_id(name)) for name in (OWN_START, OWN_END)]
+        backend.post_processor = processors.TemplateProcessing(f"{OWN_START} $A {OWN_END}", special_tokens=ids)
     return Tokenizer(backend, names)

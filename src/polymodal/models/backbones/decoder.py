@@ -266,7 +266,7 @@ def supervised_index(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     flat = batch.is_supervised.reshape(-1).nonzero().squeeze(1)
     targets = batch.ids.reshape(-1)[flat]
     if batch.segment_lengths is not None:
-        lengths = torch.tensor(batch.segment_lengths, device=flat.device)
+        lengths = torch.tensor(batch.segment_lengths, dtype=torch.int64, device=flat.device)
         samples = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)[flat]
     else:
         samples = flat // batch.ids.shape[1]

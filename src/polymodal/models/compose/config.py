@@ -25,11 +25,16 @@ _BACKBONE_OF = {
     "merge": ("merge",),
     "latent": ("latent",),
     "instruction": ("decoder", "encoder_decoder"),
+    "beside_queries": ("decoder", "transformers", "encoder_decoder", "none"),
     "query_token": ("latent",),
     "class": ("merge", "encoder", "latent"),
     "matching": ("merge", "encoder", "latent"),
 }
 """The backbones one of which an entry or a head needs; those that are not here go with any."""
+_UNCONNECTED = ("none", "cross_attention", "latent", "instruction", "beside_queries")
+"""Entries that need no connector."""
+_READ = ("instruction", "beside_queries")
+"""Entries of texts that connectors read."""
 
 
 class TokenizerConfig(Config):
@@ -106,7 +111,7 @@ class StreamConfig(Config):
         if data.get("reader") is None:
             data["reader"] = encoder.default_reader()
         entry = ENTRIES.parse(data.get("enters", "none"))
-        if data.get("connector") is None and entry.use not in ("none", "cross_attention", "latent", "instruction"):
+        if data.get("connector") is None and entry.use not in _UNCONNECTED:
             data["connector"] = CONNECTORS.parse("linear")
         return data
 
@@ -124,7 +129,7 @@ class StreamConfig(Config):
                 f"arrange {self.arrange.use!r} lays out the tokens of {self.arrange.modality} in a sequence; found a "
                 f"stream of {self.modality} that enters by {self.enters.use!r}"
             )
-        if self.enters.use == "none" and self.connector is not None:
+        if self.enters.use == "none" and self.connector is not None and not getattr(self.connector, "words", False):
             raise ValueError(
                 "the stream enters nothing, so its connector would never run; remove it or say how it enters"
             )
@@ -150,7 +155,9 @@ class ModelConfig(Config):
         for name, stream in self.streams.items():
             self._check_backbone(f"streams.{name} enters by {stream.enters.use!r}, which", stream.enters.use)
         for name, head in self.heads.items():
-            if getattr(head, "stream", None) is None:
+            if getattr(head, "at", None) == "queries":
+                self._check_queries(name, head)
+            elif getattr(head, "stream", None) is None:
                 self._check_backbone(f"heads.{name}, a {head.use!r} head,", head.use)
         self._check_watched()
         self._check_latent()
@@ -180,14 +187,29 @@ class ModelConfig(Config):
             if stream.view in MODALITIES:
                 raise ValueError(f"streams.{name}.view: found {stream.view!r}, expected a name that is no modality")
 
+    def _check_queries(self, name: str, head: Any) -> None:
+        """Heads at queries read one Q-Former, and of texts the one that stands beside its queries."""
+        if self.queried_pair is None:
+            raise ValueError(
+                f"heads.{name}: stands at 'queries', expected one stream whose connector has words: true and one text "
+                "stream that enters by 'beside_queries'"
+            )
+        words = self.queried_pair[1]
+        if head.use == "masked_token" and (head.stream, head.predicts) != (words, "tokens"):
+            raise ValueError(
+                f"heads.{name}: found {head.predicts} of the stream {head.stream!r}, expected at 'queries' the tokens "
+                f"of {words!r}"
+            )
+
     def _check_instruction(self) -> None:
-        """Who reads the instruction, and who gives it."""
+        """Who reads words beside queries, and who gives them."""
         readers = [n for n, stream in self.streams.items() if getattr(stream.connector, "words", False)]
-        givers = [n for n, stream in self.streams.items() if stream.enters.use == "instruction"]
+        givers = [n for n, stream in self.streams.items() if stream.enters.use in _READ]
         if bool(readers) != bool(givers) or len(givers) > 1:
             raise ValueError(
                 f"streams: found connectors that read words in {readers} and words in {givers}, expected one text "
-                "stream that enters by 'instruction' where a connector has words: true, and none elsewhere"
+                "stream that enters by 'instruction' or 'beside_queries' where a connector has words: true, and none "
+                "elsewhere"
             )
         for giver in givers:
             width = self.streams[giver].encoder.width
@@ -242,8 +264,20 @@ class ModelConfig(Config):
 
     @property
     def instruction_stream(self) -> str | None:
-        """Name of the text stream that connectors read."""
+        """Name of the text stream that reads the last user turn, for connectors."""
         return next((name for name, stream in self.streams.items() if stream.enters.use == "instruction"), None)
+
+    @property
+    def queried_pair(self) -> tuple[str, str] | None:
+        """The stream whose Q-Former reads texts beside its queries, and the stream of these texts; None unless one."""
+        readers = [name for name, stream in self.streams.items() if getattr(stream.connector, "words", False)]
+        givers = [name for name, stream in self.streams.items() if stream.enters.use in _READ]
+        return (readers[0], givers[0]) if len(readers) == len(givers) == 1 else None
+
+    @property
+    def query_width(self) -> int | None:
+        """Width of the states of these queries and words."""
+        return None if self.queried_pair is None else int(self.streams[self.queried_pair[1]].encoder.width)
 
     @property
     def latent_streams(self) -> list[str]:

@@ -20,6 +20,7 @@ from polymodal.models.backbones.encoder import EncoderBackbone, JointStates
 from polymodal.models.compose.masking import TokenChoice, mask_blocks, mask_tokens, normalised_patches
 from polymodal.models.compose.merge import by_sample, mismatched
 from polymodal.models.compose.negatives import hard_mismatched
+from polymodal.models.compose.queries import QueryRun
 from polymodal.models.encoders.base import Encoder, Features
 from polymodal.models.encoders.masking import PatchMasking
 from polymodal.models.heads.masked_token import MaskedTokenHead
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 Tokens = dict[str, Tensor]
 
 
+Shown = tuple[Tensor, Tensor]
+"""What an encoder sees of a stream with places hidden: its input, and which places those are, bool ``[U, L]``."""
+
+
 @dataclass(slots=True)
 class Hidden:
     """One stream with places hidden.
@@ -40,11 +45,13 @@ class Hidden:
         features: of its encoder, which saw the hidden places hidden.
         is_masked_UM: bool, which features stand for places to be predicted.
         values_UM: what stood there: token ids ``[U, M]``; None for pictures, where it depends on the head.
+        shown: what the encoder saw, for another model that must see the same.
     """
 
     features: Features
     is_masked_UM: Tensor
     values_UM: Tensor | None = None
+    shown: Shown | None = None
 
 
 class JointRun:
@@ -54,10 +61,18 @@ class JointRun:
         model: the model.
         batch: the batch.
         features: of the streams that were encoded.
+        shown: per run of masked modelling and stream, what was hidden before and is hidden again; else it is drawn.
     """
 
-    def __init__(self, model: MultimodalModel, batch: Batch, features: Mapping[str, Features]) -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        batch: Batch,
+        features: Mapping[str, Features],
+        shown: Mapping[TokenPass, Mapping[str, Shown]] | None = None,
+    ) -> None:
         self.model, self.batch, self.features = model, batch, features
+        self.shown = shown or {}
 
     @property
     def backbone(self) -> EncoderBackbone:
@@ -160,22 +175,15 @@ class JointRun:
         return found
 
     def _head(self, needed: TokenPass) -> MaskedTokenHead:
-        heads = {name: head for name, head in self.model.heads.items() if isinstance(head, MaskedTokenHead)}
-        if needed.head:
-            if needed.head not in heads:
-                raise ConfigError(f"found the head {needed.head!r}, expected a masked_token head: {sorted(heads)}")
-            return heads[needed.head]
-        masked = dict(needed.mask)
-        fitting = [head for head in heads.values() if not masked or head.config.stream in masked]
-        if len(fitting) != 1:
-            raise ConfigError(
-                f"found {len(fitting)} masked_token heads for the streams {sorted(masked)}, expected one; "
-                f"name it in the objective: head: one of {sorted(heads)}"
-            )
-        return fitting[0]
+        return token_head(self.model, needed)
 
     def _masked(self, run: TokenPass, wanted: list[tuple[TokenPass, MaskedTokenHead]]) -> dict[TokenPass, TokenOutput]:
-        hidden = {name: self.hide(name, rate) for name, rate in run.mask if name in self.batch.streams}
+        if any(head.config.at == "queries" for _, head in wanted):
+            raise ConfigError("masked modelling: found a head at 'queries', where texts are generated; use 'caption'")
+        before = self.shown.get(run, {})
+        hidden = {
+            name: self.hide(name, rate, before.get(name)) for name, rate in run.mask if name in self.batch.streams
+        }
         joint: JointStates | None = None
         if any(head.config.at == "backbone" for _, head in wanted) and hidden:
             features = {**self.features, **{name: each.features for name, each in hidden.items()}}
@@ -194,7 +202,28 @@ class JointRun:
                 found[needed] = self._read(head, joint.x[stream], hidden[stream], self.batch.streams[stream])
             else:
                 found[needed] = self._read(head, None, hidden[stream], self.batch.streams[stream])
+            found[needed].shown = {name: each.shown for name, each in hidden.items()}
         return found
+
+    def fill(self, head: MaskedTokenHead, is_hidden_UL: Tensor) -> TokenOutput:
+        """What a head puts at given places of its text, each hidden behind the mask token.
+
+        Args:
+            head: for tokens.
+            is_hidden_UL: bool, places of the head's stream.
+
+        Raises:
+            ConfigError: if the stream's tokenizer has no mask token.
+        """
+        name = head.config.stream
+        stream = self.batch.streams[name]
+        choice = TokenChoice.of(self.model.controls.get(name, {}), self._num_ids(name))
+        ids_UL = stream.values.masked_fill(is_hidden_UL, choice.mask_id)
+        features = self.model.encode(name, replace(stream, values=ids_UL))
+        x_SMW = None
+        if head.config.at == "backbone":
+            x_SMW = self.states(*self.lay_out({**self.features, name: features})).x[name]
+        return self._read(head, x_SMW, Hidden(features, is_hidden_UL, stream.values), stream)
 
     def _read(self, head: MaskedTokenHead, x_SMW: Tensor | None, hidden: Hidden, stream: StreamBatch) -> TokenOutput:
         """Predictions and targets at the hidden places, sample by sample."""
@@ -232,8 +261,8 @@ class JointRun:
             )
         return torch.nn.functional.pad(codes_UL, (encoder.first_patch, 0))
 
-    def hide(self, name: str, rate: float) -> Hidden:
-        """Draw what is hidden of a stream, and encode it like that.
+    def hide(self, name: str, rate: float, shown: Shown | None = None) -> Hidden:
+        """Draw what is hidden of a stream, or hide what was hidden before, and encode it like that.
 
         Raises:
             ConfigError: if the stream's encoder cannot hide places.
@@ -244,17 +273,19 @@ class JointRun:
         if isinstance(encoder, PatchMasking):
             grids = encoder.grids(stream.values, stream.lengths)
             num_patches = max(rows * columns for rows, columns in grids)
-            is_masked_UL = mask_blocks(grids, rate, num_patches, stream.values.device)
+            is_masked_UL = mask_blocks(grids, rate, num_patches, stream.values.device) if shown is None else shown[1]
             found = encoder.encode_masked(stream.values, stream.lengths, is_masked_UL)
-            return Hidden(found, torch.nn.functional.pad(is_masked_UL, (encoder.first_patch, 0)))
+            padded_UM = torch.nn.functional.pad(is_masked_UL, (encoder.first_patch, 0))
+            return Hidden(found, padded_UM, shown=(stream.values, is_masked_UL))
         if self.model.config.streams[name].modality != "text":
             raise ConfigError(
                 f"stream {name!r}: its encoder has no places that could be hidden; expected text or patches"
             )
         is_valid_UL = valid_mask(stream.lengths, stream.values.shape[1])
         choice = TokenChoice.of(self.model.controls.get(name, {}), self._num_ids(name))
-        ids_UL, is_masked_UL = mask_tokens(stream.values, is_valid_UL, rate, choice)
-        return Hidden(self.model.encode(name, replace(stream, values=ids_UL)), is_masked_UL, stream.values)
+        ids_UL, is_masked_UL = shown or mask_tokens(stream.values, is_valid_UL, rate, choice)
+        found = self.model.encode(name, replace(stream, values=ids_UL))
+        return Hidden(found, is_masked_UL, stream.values, (ids_UL, is_masked_UL))
 
     def _num_ids(self, name: str) -> int:
         embedding = getattr(self.model.streams[name].encoder, "token_embed", None)
@@ -263,17 +294,85 @@ class JointRun:
 
     def _caption(self, head: MaskedTokenHead) -> TokenOutput:
         """Each token but the first from those before it and from all other streams."""
+        if head.config.at == "queries":
+            return QueryRun(self.model, self.batch, self.features).caption(head)
         name = head.config.stream
         if name not in self.batch.streams:
             return TokenOutput()
-        if self.model.config.streams[name].encoder.use != "embedding" or head.config.at != "backbone":
-            raise ConfigError(
-                f"captions of stream {name!r}: its encoder sees tokens before they are predicted; expected the encoder "
-                "'embedding' and a head at the backbone"
-            )
+        check_writes(self.model, head)
         tokens, is_valid = self.lay_out(self.features)
         states = self.states(tokens, is_valid, causal=(name,))
         stream = self.batch.streams[name]
         ids_SM = by_sample(stream.values, stream, self.batch.num_samples)
         is_target = states.is_valid[name][:, 1:] & states.is_valid[name][:, :-1]
         return TokenOutput(head(states.x[name][:, :-1][is_target]), ids_SM[:, 1:][is_target], is_target.nonzero()[:, 0])
+
+    def next_token_logits(self, head: MaskedTokenHead, ids_ST: Tensor, tokens: Tokens, is_valid: Tokens) -> Tensor:
+        """What follows texts of one length, as the ``caption`` pass learns it, ``[S, V]``.
+
+        Args:
+            head: from :func:`caption_head`.
+            ids_ST: int64 ids of the texts, start token included.
+            tokens: of the other streams, from :meth:`lay_out`; none of them: the words alone.
+            is_valid: likewise.
+        """
+        name = head.config.stream
+        stream: Any = self.model.streams[name]
+        found = stream.encoder(ids_ST, torch.full((len(ids_ST),), ids_ST.shape[1], device=ids_ST.device))
+        pair = (found.x_UND, found.is_valid_UN)
+        x_STW, valid_ST = pair if stream.connector is None else stream.connector(*pair)
+        states = self.states({**tokens, name: x_STW}, {**is_valid, name: valid_ST}, causal=(name,))
+        logits_SV: Tensor = head(states.x[name][:, -1])
+        return logits_SV
+
+
+def token_head(model: MultimodalModel, needed: TokenPass) -> MaskedTokenHead:
+    """The head that a pass is for.
+
+    Raises:
+        ConfigError: if the model has no such head, or several that fit a pass which names none.
+    """
+    heads = {name: head for name, head in model.heads.items() if isinstance(head, MaskedTokenHead)}
+    if needed.head:
+        if needed.head not in heads:
+            raise ConfigError(f"found the head {needed.head!r}, expected a masked_token head: {sorted(heads)}")
+        return heads[needed.head]
+    masked = dict(needed.mask)
+    fitting = [head for head in heads.values() if not masked or head.config.stream in masked]
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"found {len(fitting)} masked_token heads for the streams {sorted(masked)}, expected one; "
+            f"name it in the objective: head: one of {sorted(heads)}"
+        )
+    return fitting[0]
+
+
+def caption_head(model: MultimodalModel) -> MaskedTokenHead:
+    """The only head that writes captions.
+
+    Raises:
+        ConfigError: if the model has no encoder backbone or no such head, or its text is not written token by token.
+    """
+    if not isinstance(model.backbone, EncoderBackbone):
+        raise ConfigError(
+            f"captions: found the backbone {model.config.backbone.use!r}, expected 'encoder' or one that chats"
+        )
+    writing = [h for h in model.heads.values() if isinstance(h, MaskedTokenHead) and h.config.predicts == "tokens"]
+    if len(writing) != 1:
+        raise ConfigError(f"captions: found {len(writing)} masked_token heads that predict tokens, expected one")
+    check_writes(model, writing[0])
+    return writing[0]
+
+
+def check_writes(model: MultimodalModel, head: MaskedTokenHead) -> None:
+    """Prove that the text of a head can be written token by token.
+
+    Raises:
+        ConfigError: if its encoder looks ahead, or the head does not read the backbone.
+    """
+    name = head.config.stream
+    if model.config.streams[name].encoder.use != "embedding" or head.config.at != "backbone":
+        raise ConfigError(
+            f"captions of stream {name!r}: its encoder sees tokens before they are predicted; expected the encoder "
+            "'embedding' and a head at the backbone"
+        )

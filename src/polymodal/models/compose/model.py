@@ -6,45 +6,48 @@ Shape legend: ``U`` units, ``N`` features, ``M`` tokens, ``D`` width, ``I`` item
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polymodal.core.batch import Batch, CtcOutput, Outputs, StreamBatch
+from polymodal.core.batch import Batch, Outputs, StreamBatch
 from polymodal.core.config import unknown
-from polymodal.core.errors import ConfigError, SampleError
+from polymodal.core.errors import ConfigError
 from polymodal.core.passes import Pass, TokenPass
-from polymodal.models.backbones.decoder import CausalBackbone, CausalConfig, batch_layout, supervised_index
-from polymodal.models.backbones.encoder import EncoderBackbone, EncoderBackboneConfig
-from polymodal.models.backbones.latent import LatentBackbone, LatentConfig
+from polymodal.models.backbones.decoder import CausalBackbone, CausalConfig, Decoder, batch_layout
+from polymodal.models.backbones.encoder import EncoderBackboneConfig
+from polymodal.models.backbones.latent import LatentConfig
 from polymodal.models.backbones.table import MergeConfig
 from polymodal.models.compose.config import ModelConfig, StreamConfig
-from polymodal.models.compose.joint import JointRun
-from polymodal.models.compose.merge import Item, Merge
-from polymodal.models.compose.whole_items import compare_pairs, read_latents, rebuild_patches
-from polymodal.models.connectors.arrangements import Arrangement
-from polymodal.models.encoders.base import Features
+from polymodal.models.compose.joint import JointRun, Shown
+from polymodal.models.compose.merge import Merge
+from polymodal.models.compose.pooling import pool_neighbours
+from polymodal.models.compose.readouts import PASSES, READOUTS, Run, sample_streams
+from polymodal.models.compose.sharing import share_tokens, share_trunk
+from polymodal.models.encoders.base import Encoder, Features
 from polymodal.models.entries.memory import Watched, lay_out
-from polymodal.models.heads.ctc import CtcHead, join_units
-from polymodal.models.heads.prompted_pairs import PromptedPairsConfig, PromptedPairsHead
-from polymodal.models.heads.table import ClassConfig, HeadInputs, ProjectionHead
+from polymodal.models.heads.table import HeadInputs
 from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.dropping import Dropping, MediaDrop
 from polymodal.models.layers.memory import Memory
 
 Words = tuple[Tensor, Tensor]
-PASSES = ("sequence", "embed", "merge", "match", "match_hard", "ctc", "rebuild", "pairs", "pool")
 
 
 class Stream(nn.Module):
     """One stream's modules: its encoder, and its connector where it enters something."""
 
-    def __init__(self, config: StreamConfig, out_dim: int | None) -> None:
+    def __init__(self, config: StreamConfig, out_dim: int | None, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder: nn.Module = config.encoder.build()
+        self.encoder = encoder
         self.connector: nn.Module | None = None
-        if config.connector is not None and out_dim is not None:
+        reads_words = getattr(config.connector, "words", False)
+        if config.connector is not None and (out_dim is not None or reads_words):
             self.connector = config.connector.build(config.encoder.width, out_dim)
         self.arrangement: nn.Module | None = None
         if config.arrange is not None and out_dim is not None:
@@ -61,10 +64,17 @@ class MultimodalModel(nn.Module):
         config: the model.
         vocab_size: size of the tokenizer.
         controls: per text stream, the control tokens of its tokenizer and their ids, for masked modelling.
+        later: encoders and the backbone, by path, that are built without memory, as they are replaced before use.
     """
 
+    config: ModelConfig
+
     def __init__(
-        self, config: ModelConfig, vocab_size: int, controls: Mapping[str, Mapping[str, int]] | None = None
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        controls: Mapping[str, Mapping[str, int]] | None = None,
+        later: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.config = config
@@ -72,24 +82,23 @@ class MultimodalModel(nn.Module):
         backbone = config.backbone
         width = getattr(backbone, "width", None)
         entered = getattr(backbone, "input_width", width)
-        self.streams = nn.ModuleDict(
-            {
-                name: Stream(
-                    _with_vocabulary(stream, vocab_size),
-                    None if stream.enters.use == "none" else _tokens_width(config, name, entered),
-                )
-                for name, stream in config.streams.items()
-            }
-        )
+        self.streams = nn.ModuleDict()
+        for name, given in config.streams.items():
+            stream = _with_vocabulary(given, vocab_size)
+            out_dim = None if stream.enters.use == "none" else _tokens_width(config, name, entered)
+            with _memory(f"streams.{name}.encoder", later):
+                encoder = stream.encoder.build()
+            self.streams[name] = Stream(stream, out_dim, encoder)
         for name, stream in config.streams.items():
             if stream.shares is not None:
-                _share_trunk(name, self._stream(name).encoder, stream.shares, self._stream(stream.shares).encoder)
+                share_trunk(name, self.modules_of(name), stream.shares, self.modules_of(stream.shares))
             if stream.shares_tokens and stream.shares is not None:
-                _share_tokens(name, self._stream(name), stream.shares, self._stream(stream.shares))
+                share_tokens(name, self.modules_of(name), stream.shares, self.modules_of(stream.shares))
         self.backbone: nn.Module | None = None
         if isinstance(backbone, CausalConfig):
             look = config.look
-            self.backbone = (backbone if look is None else backbone.looking(look)).build(vocab_size)
+            with _memory("backbone", later):
+                self.backbone = (backbone if look is None else backbone.looking(look)).build(vocab_size)
         elif isinstance(backbone, EncoderBackboneConfig):
             look = config.look
             self.backbone = (backbone if look is None else backbone.looking(look)).build(config.sequence_streams)
@@ -106,6 +115,7 @@ class MultimodalModel(nn.Module):
             own_head=getattr(self.backbone, "own_head", None),
             stream_encoders={name: stream.encoder for name, stream in config.streams.items()},
             token_embeddings=self._token_embeddings(),
+            query_width=config.query_width,
         )
         self.heads = nn.ModuleDict({name: head.build(inputs) for name, head in config.heads.items()})
 
@@ -135,7 +145,8 @@ class MultimodalModel(nn.Module):
                 return self.heads[name]
         raise ConfigError(f"the model has no head of the kind {use!r}; its heads: {sorted(self.config.heads)}")
 
-    def _stream(self, name: str) -> Stream:
+    def modules_of(self, name: str) -> Stream:
+        """The modules of a stream."""
         stream = self.streams[name]
         assert isinstance(stream, Stream)
         return stream
@@ -144,10 +155,19 @@ class MultimodalModel(nn.Module):
         """Run the encoder of stream ``name`` over a batch's units, or take the cached features."""
         if stream.features is not None:
             return Features(*stream.features)
-        features: Features = self._stream(name).encoder(stream.values, stream.lengths)
+        encoder, values = self.modules_of(name).encoder, stream.values
+        if isinstance(encoder, Encoder) and values.is_floating_point():
+            # Media come in float32.
+            values = values.to(encoder.dtype)
+        features: Features = encoder(values, stream.lengths)
         return features
 
-    def forward(self, batch: Batch, passes: Collection[Pass] = ("sequence",)) -> Outputs:
+    def forward(
+        self,
+        batch: Batch,
+        passes: Collection[Pass] = ("sequence",),
+        shown: Mapping[TokenPass, Mapping[str, Shown]] | None = None,
+    ) -> Outputs:
         """Run the passes that the objectives ask for; every encoder runs at most once.
 
         Args:
@@ -155,6 +175,7 @@ class MultimodalModel(nn.Module):
             passes: of ``sequence`` (token logits), ``embed`` (shared space), ``merge`` (merged state), ``match`` (that,
                 and beside it mismatched samples of the batch; ``match_hard``: such as look alike in the shared space),
                 ``ctc`` (tokens of a stream's features), or a :class:`TokenPass`.
+            shown: per run of masked modelling and stream, what is hidden; else it is drawn.
 
         Raises:
             ConfigError: if a pass is unknown, or the model has no head or backbone for it.
@@ -166,62 +187,21 @@ class MultimodalModel(nn.Module):
             wanted.add("embed")
         if wanted - set(PASSES):
             raise ConfigError(unknown("pass", sorted(wanted - set(PASSES))[0], PASSES))
-        needed = self._needed(batch, wanted | {"merge"} if token_passes else wanted)
-        features = {name: self.encode(name, batch.streams[name]) for name in needed}
-        outputs = Outputs()
-        if "sequence" in wanted:
-            self._sequence(batch, features, outputs)
-        if "embed" in wanted:
-            self._embed(batch, features, outputs)
-        if wanted & {"merge", "match", "match_hard"}:
-            self._read_samples(batch, features, outputs, wanted)
-        if "pairs" in wanted:
-            compare_pairs(self, batch, features, outputs)
-        if "rebuild" in wanted:
-            rebuild_patches(self, batch, outputs)
-        if "ctc" in wanted:
-            outputs.ctc = self._ctc(batch, features)
-        if "pool" in wanted:
-            self._pool(batch, features, outputs)
+        readouts = [readout for readout in READOUTS if readout.passes & wanted]
+        needed = {name for readout in readouts for name in readout.streams(self)}
         if token_passes:
-            outputs.tokens = JointRun(self, batch, features).tokens(token_passes)
+            needed |= {*sample_streams(self)}
+        features = {name: self.encode(name, batch.streams[name]) for name in batch.streams if name in needed}
+        outputs = Outputs()
+        penalties = {f"streams.{name}": found.penalty for name, found in features.items()}
+        outputs.penalties = {name: penalty for name, penalty in penalties.items() if penalty is not None}
+        for readout in readouts:
+            readout.read(Run(self, batch, wanted, features, outputs))
+        if token_passes:
+            outputs.tokens = JointRun(self, batch, features, shown).tokens(token_passes)
         return outputs
 
-    def _read_samples(self, batch: Batch, features: dict[str, Features], outputs: Outputs, wanted: set[str]) -> None:
-        """What is read of whole samples, by the backbone that the model has."""
-        if self.class_stream is not None and "merge" in wanted:
-            self._classify(batch, features, outputs)
-        elif isinstance(self.backbone, LatentBackbone) and "merge" in wanted:
-            read_latents(self, batch, features, outputs)
-        elif isinstance(self.backbone, EncoderBackbone):
-            hard = "hard" if "match_hard" in wanted else None
-            JointRun(self, batch, features).merge(outputs, hard or ("random" if "match" in wanted else None))
-        elif "match_hard" in wanted:
-            raise ConfigError(f"hard negatives need the backbone 'encoder'; found {self.config.backbone.use!r}")
-        else:
-            self._merge(batch, features, outputs, with_mismatches="match" in wanted)
-
-    def _needed(self, batch: Batch, passes: set[str]) -> Iterable[str]:
-        names: set[str] = set()
-        if "sequence" in passes:
-            names |= {*self.config.sequence_streams, *self.config.watched_streams}
-        if passes & {"merge", "match", "match_hard"}:
-            names |= {*self.config.merge_streams, *self.config.latent_streams}
-            if isinstance(self.backbone, EncoderBackbone):
-                names |= {*self.config.sequence_streams, *self.config.watched_streams}
-            names |= {self.class_stream} if self.class_stream is not None else set()
-        if "pool" in passes:
-            names |= set(self.config.streams)
-        if "embed" in passes:
-            names |= set(self._projection().projs)
-        if "pairs" in passes:
-            head = self.prompted_pairs
-            names |= {head.video, head.text}
-        if "ctc" in passes:
-            names.add(self.ctc_head.config.stream)
-        return [name for name in batch.streams if name in names]
-
-    def embed_sequence(self, batch: Batch, features: dict[str, Features] | None = None) -> Tensor:
+    def embed_sequence(self, batch: Batch, features: Mapping[str, Features] | None = None) -> Tensor:
         """Token embeddings ``[B, T, D]`` with every placeholder replaced by its media token.
 
         Raises:
@@ -258,7 +238,7 @@ class MultimodalModel(nn.Module):
     def connect(self, name: str, features: Features, stream: StreamBatch, words: Words | None = None) -> Tensor:
         """The valid tokens of all items of a stream, in item order: ``[sum M, D]``; ``words`` as :meth:`words`."""
         tokens_UMD, is_valid_UM = self.unit_tokens(name, features, words)
-        arrangement = self._stream(name).arrangement
+        arrangement = self.modules_of(name).arrangement
         if arrangement is not None:
             units = [x_MD[valid_M] for x_MD, valid_M in zip(tokens_UMD, is_valid_UM, strict=True)]
             starts = list(accumulate(map(len, stream.items), initial=0))
@@ -270,14 +250,14 @@ class MultimodalModel(nn.Module):
 
     def unit_tokens(self, name: str, features: Features, words: Words | None = None) -> tuple[Tensor, Tensor]:
         """What a stream gives per unit ``[U, M, D]`` and ``[U, M]``: its connector's tokens, or its features."""
-        connector = self._stream(name).connector
+        connector = self.modules_of(name).connector
         if connector is None:
             return features.x_UND, features.is_valid_UN
         read = {} if words is None else {"words": words}
         tokens_UMD, is_valid_UM = connector(features.x_UND, features.is_valid_UN, **read)
         return tokens_UMD, is_valid_UM
 
-    def memory(self, batch: Batch, features: dict[str, Features] | None = None) -> Memory | None:
+    def memory(self, batch: Batch, features: Mapping[str, Features] | None = None) -> Memory | None:
         """What the decoder looks at: one row per sample; None if no stream enters by cross-attention."""
         look, watched = self.config.look, []
         if look is None:
@@ -291,197 +271,42 @@ class MultimodalModel(nn.Module):
             watched.append(Watched(*self.unit_tokens(name, found), stream, only_latest))
         return lay_out(watched, batch, look.width, next(self.decoder.parameters()))
 
-    def states(self, batch: Batch, cache: KVCache | None = None) -> Tensor:
+    def states(
+        self,
+        batch: Batch,
+        cache: KVCache | None = None,
+        features: Mapping[str, Features] | None = None,
+        drop: MediaDrop | None = None,
+    ) -> Tensor:
         """Final decoder states ``[B, T, D]`` of a batch, filling ``cache`` if there is one.
 
-        A cache that has read something remembers what the decoder looks at.
+        A cache that has read something remembers what the decoder looks at. Streams without ``features`` are encoded.
+        With ``drop``, the states of dropped media tokens are zero.
         """
-        memory = self.memory(batch) if cache is None or cache.length == 0 else None
-        return torch.as_tensor(self.decoder(self.embed_sequence(batch), batch_layout(batch), cache, memory))
+        x_BTD = self.embed_sequence(batch, features)
+        memory = self.memory(batch, features) if cache is None or cache.length == 0 else None
+        layout = batch_layout(batch)
+        if drop is not None:
+            layout = replace(layout, dropping=self._dropping(batch, drop))
+        return torch.as_tensor(self.decoder(x_BTD, layout, cache, memory))
+
+    def _dropping(self, batch: Batch, drop: MediaDrop) -> Dropping:
+        if not isinstance(self.decoder, Decoder):
+            raise ConfigError(f"drop_media: found the backbone {self.config.backbone.use!r}, expected 'decoder'")
+        is_media = torch.zeros(batch.ids.numel(), dtype=torch.bool, device=batch.ids.device)
+        for name in self.config.sequence_streams:
+            if name in batch.streams:
+                is_media[batch.streams[name].token_index] = True
+        return Dropping(drop, is_media.view(batch.ids.shape), batch.is_valid.sum(1) - 1)
 
     def token_logits(self, states: Tensor) -> Tensor:
         """Vocabulary logits of decoder states, ``[..., V]``."""
         return torch.as_tensor(self.head("next_token")(states))
 
-    def _sequence(self, batch: Batch, features: dict[str, Features], outputs: Outputs) -> None:
-        states_BTD = self.decoder(
-            self.embed_sequence(batch, features), batch_layout(batch), None, self.memory(batch, features)
-        )
-        source_K, outputs.token_targets, outputs.token_samples = supervised_index(batch)
-        # Only states that predict a target meet the vocabulary matrix.
-        outputs.token_logits = self.token_logits(torch.flatten(states_BTD, 0, 1)[source_K])
 
-    def _projection(self) -> ProjectionHead:
-        head = self.head("projection")
-        assert isinstance(head, ProjectionHead)
-        return head
-
-    def _embed(self, batch: Batch, features: dict[str, Features], outputs: Outputs) -> None:
-        head = self._projection()
-        for name in head.projs:
-            if name in features and name in head.config.through:
-                pooled_ID, samples_I = JointRun(self, batch, features).alone(name)
-                outputs.embeddings[name] = (head(pooled_ID, name), samples_I)
-            elif name in features:
-                stream = batch.streams[name]
-                pooled_ID = pool_items(features[name].pooled_UD, stream.unit_counts)
-                outputs.embeddings[name] = (head(pooled_ID, name), stream.sample_of_item)
-        outputs.scale, outputs.bias = head.scale, head.bias
-        if head.has_own_scales:
-            outputs.pair_scale = head.pair_scale
-
-    @property
-    def class_stream(self) -> str | None:
-        """The stream that a class head reads without a backbone; None where there is none."""
-        return next((h.stream for h in self.config.heads.values() if isinstance(h, ClassConfig)), None)
-
-    def _classify(self, batch: Batch, features: dict[str, Features], outputs: Outputs) -> None:
-        """Class logits of every sample from the items of one stream, whose states are averaged."""
-        name, head = next((n, h) for n, h in self.config.heads.items() if isinstance(h, ClassConfig))
-        stream = batch.streams.get(head.stream or "")
-        counts_S = torch.zeros(batch.num_samples, dtype=torch.int64)
-        if stream is not None:
-            counts_S = torch.bincount(stream.sample_of_item, minlength=batch.num_samples)
-        if stream is None or not bool(counts_S.all()):
-            absent = batch.sample_ids[int((counts_S == 0).int().argmax())]
-            raise SampleError(absent, f"has no item of the stream {head.stream!r}, which is classified")
-        found = features[str(head.stream)]
-        state_ID = pool_items(head.read(found.x_UND, found.is_valid_UN, found.pooled_UD), stream.unit_counts)
-        sums_SD = state_ID.new_zeros(batch.num_samples, state_ID.shape[1])
-        sums_SD = sums_SD.index_add(0, stream.sample_of_item, state_ID)
-        outputs.merged = sums_SD / counts_S[:, None].to(sums_SD)
-        outputs.class_logits = self.heads[name](outputs.merged)
-
-    @property
-    def prompted_pairs(self) -> PromptedPairsConfig:
-        """The config of the head that compares videos with texts.
-
-        Raises:
-            ConfigError: if the model has none.
-        """
-        head = self.head("prompted_pairs")
-        assert isinstance(head, PromptedPairsHead)
-        return head.config
-
-    @property
-    def ctc_head(self) -> CtcHead:
-        """The head for connectionist temporal classification.
-
-        Raises:
-            ConfigError: if the model has none.
-        """
-        head = self.head("ctc")
-        assert isinstance(head, CtcHead)
-        return head
-
-    def _ctc(self, batch: Batch, features: dict[str, Features]) -> CtcOutput:
-        config = self.ctc_head.config
-        if config.stream not in features:
-            logits = self.ctc_head.proj.weight.new_zeros(0, 0, len(config.vocabulary))
-            none = torch.zeros(0, dtype=torch.int64, device=logits.device)
-            return CtcOutput(logits, none, none, config.blank, config.encode)
-        found, stream = features[config.stream], batch.streams[config.stream]
-        logits, lengths = join_units(self.ctc_head(found.x_UND), found.is_valid_UN, stream.unit_counts)
-        return CtcOutput(logits, lengths, stream.sample_of_item, config.blank, config.encode)
-
-    def _pool(self, batch: Batch, features: dict[str, Features], outputs: Outputs) -> None:
-        for name, config in self.config.heads.items():
-            if config.use != "pooler":
-                continue
-            if config.stream is None:
-                run = JointRun(self, batch, features)
-                outputs.pooled[name] = self.heads[name](run.states(*run.lay_out(features)).pooled_SW)
-            elif config.stream in features:
-                pooled_ID = pool_items(features[config.stream].pooled_UD, batch.streams[config.stream].unit_counts)
-                outputs.pooled[name] = self.heads[name](pooled_ID)
-
-    def _merge(self, batch: Batch, features: dict[str, Features], outputs: Outputs, *, with_mismatches: bool) -> None:
-        if not isinstance(self.backbone, Merge):
-            raise ConfigError(f"this needs a merge backbone; the model's backbone is {self.config.backbone.use!r}")
-        items: dict[str, Item] = {}
-        for name in self.config.merge_streams:
-            connector = self._stream(name).connector
-            if name in features and connector is not None:
-                items[name] = (connector, features[name], batch.streams[name])
-        tokens, is_valid = self.backbone.lay_out(items, batch.num_samples)
-        outputs.merged = self.backbone.fuse(tokens, is_valid)
-        for name, config in self.config.heads.items():
-            if config.use == "class":
-                outputs.class_logits = self.heads[name](outputs.merged)
-            elif config.use == "matching":
-                outputs.match_logits = self.heads[name](outputs.merged).squeeze(-1)
-        if with_mismatches:
-            *mixed, outputs.mismatch_samples = self.backbone.mismatch(tokens, is_valid)
-            # Nothing to mismatch: the modules need not stand empty batches.
-            states = self.backbone.fuse(*mixed) if len(outputs.mismatch_samples) else outputs.merged[:0]
-            outputs.mismatch_logits = self.head("matching")(states).squeeze(-1)
-
-
-def pool_neighbours(media_MD: Tensor, pools: list[tuple[int, int]]) -> Tensor:
-    """Means of neighbouring tokens of each item; the last mean of an item is over what is left.
-
-    Args:
-        media_MD: the tokens of all items, one after another.
-        pools: per item, its tokens and how many neighbours become one; empty for no pooling.
-    """
-    if not pools or sum(tokens for tokens, _ in pools) != len(media_MD):
-        # A wrong number is the caller's to name.
-        return media_MD
-    parts = []
-    for item_MD, (_, pool) in zip(torch.split(media_MD, [tokens for tokens, _ in pools]), pools, strict=True):
-        whole = len(item_MD) - len(item_MD) % pool
-        parts.append(item_MD[:whole].view(-1, pool, item_MD.shape[1]).mean(dim=1))
-        if whole < len(item_MD):
-            parts.append(item_MD[whole:].mean(dim=0, keepdim=True))
-    return torch.cat(parts)
-
-
-def pool_items(pooled_UD: Tensor, unit_counts: list[int]) -> Tensor:
-    """Mean over each item's units: ``[I, D]``."""
-    if all(count == 1 for count in unit_counts):
-        return pooled_UD
-    return torch.stack([part.mean(0) for part in torch.split(pooled_UD, unit_counts)])
-
-
-def _share_trunk(name: str, encoder: nn.Module, shared: str, other: nn.Module) -> None:
-    """Make the trunk of one stream's encoder that of another's.
-
-    Raises:
-        ConfigError: if one of them has no trunk, or they differ.
-    """
-    mine, theirs = getattr(encoder, "trunk", None), getattr(other, "trunk", None)
-    for stream, trunk in ((name, mine), (shared, theirs)):
-        if not isinstance(trunk, nn.Module):
-            raise ConfigError(f"streams.{name}.shares: the encoder of the stream {stream!r} has no trunk to share")
-    assert isinstance(mine, nn.Module) and isinstance(theirs, nn.Module)
-    own, shared_shapes = ({key: x.shape for key, x in trunk.state_dict().items()} for trunk in (mine, theirs))
-    if own != shared_shapes:
-        wrong = sorted(key for key in own.keys() | shared_shapes.keys() if own.get(key) != shared_shapes.get(key))
-        raise ConfigError(
-            f"streams.{name}.shares: the trunks of {name!r} and {shared!r} differ in {wrong[0]}; give both encoders "
-            "the same sizes"
-        )
-    encoder.trunk = theirs
-
-
-def _share_tokens(name: str, stream: Stream, shared: str, other: Stream) -> None:
-    """Make the connector of one stream, and what its arrangement has learned, those of another.
-
-    Raises:
-        ConfigError: if one of them has no connector, or they differ.
-    """
-    shapes = [
-        None if part is None else {key: x.shape for key, x in part.state_dict().items()}
-        for part in (stream.connector, other.connector)
-    ]
-    if shapes[0] is None or shapes[0] != shapes[1]:
-        raise ConfigError(
-            f"streams.{name}.shares_tokens: the connectors of {name!r} and {shared!r} differ, or one has none; give "
-            "both the same"
-        )
-    stream.connector = other.connector
-    if isinstance(stream.arrangement, Arrangement) and isinstance(other.arrangement, Arrangement):
-        stream.arrangement.newline = other.arrangement.newline
+def _memory(path: str, later: Collection[str]) -> AbstractContextManager[Any]:
+    """What a part is built within."""
+    return torch.device("meta") if path in later else nullcontext()
 
 
 def _tokens_width(config: ModelConfig, stream: str, entered: int | None) -> int | None:
@@ -496,32 +321,3 @@ def _with_vocabulary(stream: StreamConfig, vocab_size: int) -> StreamConfig:
         return stream
     encoder = stream.encoder.model_copy(update={"vocab_size": vocab_size})
     return stream.model_copy(update={"encoder": encoder})
-
-
-def supports(config: ModelConfig) -> set[str]:
-    """The passes that a model of this config can run."""
-    kinds = {head.use for head in config.heads.values()}
-    found = set()
-    if "next_token" in kinds:
-        found.add("sequence")
-    if "projection" in kinds:
-        found.add("embed")
-    if "ctc" in kinds:
-        found.add("ctc")
-    if "masked_patches" in kinds:
-        found.add("rebuild")
-    if "prompted_pairs" in kinds:
-        found.add("pairs")
-    if isinstance(config.backbone, LatentConfig):
-        found.add("merge")
-    if isinstance(config.backbone, MergeConfig | EncoderBackboneConfig):
-        found |= {"merge", "match"} if "matching" in kinds else {"merge"}
-    if isinstance(config.backbone, EncoderBackboneConfig) and {"matching", "projection"} <= kinds:
-        found.add("match_hard")
-    if "pooler" in kinds:
-        found.add("pool")
-    if "masked_token" in kinds:
-        found |= {"masked", "caption"} if isinstance(config.backbone, EncoderBackboneConfig) else {"masked"}
-    if any(isinstance(head, ClassConfig) and head.stream is not None for head in config.heads.values()):
-        found.add("merge")
-    return found

@@ -30,7 +30,8 @@ def hard_mismatched(
     Args:
         tokens: per stream that enters the backbone, ``[S, M, W]``.
         is_valid: bool ``[S, M]`` likewise.
-        embeddings: per stream of the shared space, ``(vectors [I, E], sample of each)``.
+        embeddings: per stream of the shared space, ``(vectors [I, E], sample of each)``; of one stream several vectors
+            of each item ``[I, M, E]``, of which the best counts.
         labels: samples of one label belong together, and are no negatives of each other.
 
     Returns:
@@ -55,7 +56,7 @@ def hard_mismatched(
         rows = may_SS.any(1).nonzero().squeeze(1)
         if len(rows):
             samples.append(rows)
-            sources.append(draw_similar((x_SE @ y_SE.T)[rows], may_SS[rows]))
+            sources.append(draw_similar(_similarities(x_SE, y_SE)[rows], may_SS[rows]))
             swapped += [second] * len(rows)
     if not samples:
         none = torch.zeros(0, dtype=torch.int64, device=is_same_SS.device)
@@ -83,6 +84,14 @@ def draw_similar(similarity_NS: Tensor, may_NS: Tensor, temperature: float = 0.0
     return drawn.to(similarity_NS.device)
 
 
+def _similarities(x_SE: Tensor, y_SE: Tensor) -> Tensor:
+    """Cosines ``[S, S]``; where one side has several vectors ``[S, M, E]``, the best of them (BLIP-2, section 3.2)."""
+    if y_SE.ndim == 3:
+        return _similarities(y_SE, x_SE).T
+    scores = x_SE @ y_SE.T
+    return scores if x_SE.ndim == 2 else scores.amax(1)
+
+
 def _same(labels: Sequence[str | None]) -> Tensor:
     """Bool ``[S, S]``: a sample and itself, and samples of one label."""
     numbers: dict[object, int] = {}
@@ -97,5 +106,5 @@ def _by_sample(embedding: tuple[Tensor, Tensor], num_samples: int) -> tuple[Tens
     vectors_IE, samples_I = embedding
     has_S = torch.zeros(num_samples, dtype=torch.bool, device=samples_I.device)
     has_S[samples_I] = True
-    rows_SE = vectors_IE.new_zeros(num_samples, vectors_IE.shape[1])
+    rows_SE = vectors_IE.new_zeros(num_samples, *vectors_IE.shape[1:])
     return rows_SE.index_copy(0, samples_I, vectors_IE.detach()), has_S

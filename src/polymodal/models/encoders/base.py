@@ -30,11 +30,13 @@ class Features:
         x_UND: features; zero where not valid.
         is_valid_UN: bool; the valid features of a unit come first, and their number is the config's ``num_features``.
         pooled_UD: one vector for each unit: the mean of its valid features unless the encoder says otherwise.
+        penalty: scalar that an ``orthogonality`` objective may add; None for most encoders.
     """
 
     x_UND: Tensor
     is_valid_UN: Tensor
     pooled_UD: Tensor
+    penalty: Tensor | None = None
 
 
 class EncoderConfig(Config, ABC):
@@ -117,6 +119,12 @@ class Encoder(nn.Module, ABC):
         Raises:
             ConfigError: if the units do not have the shape that the config states.
         """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of its weights, in which it reads media; float32 where it has none."""
+        formats = (parameter.dtype for parameter in self.parameters() if parameter.is_floating_point())
+        return next(formats, torch.float32)
 
     def codes(self, values: Tensor, lengths_U: Tensor) -> Tensor:
         """The discrete code of each feature, int64 ``[U, N]``: its largest value, for encoders that are codecs."""

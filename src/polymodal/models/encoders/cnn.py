@@ -13,7 +13,7 @@ from torch.nn.functional import relu
 from polymodal.modalities.image import ImageReaderConfig
 from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, all_valid
 from polymodal.models.layers.convolution import shortened
-from polymodal.models.layers.positions import sincos_2d
+from polymodal.models.layers.positions import grid_codes
 
 CHANNELS_LAST = torch.channels_last
 """Layout of the convolutions' inputs: a quarter faster than channels first, measured on a CPU."""
@@ -112,14 +112,16 @@ class Cnn(Encoder):
         self.stages = nn.Sequential(*layers)
         # What rectifiers give is positive and of any size; a connector learns from centred features of one size.
         self.final_norm = nn.LayerNorm(config.width)
-        self.register_buffer("positions_ND", sincos_2d(config.grid, config.grid, config.width), persistent=False)
+        self.register_buffer("positions_ND", grid_codes(config.grid, config.width), persistent=False)
 
     def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
         """Encode images ``[U, 3, S, S]``."""
         self.require_shape(values, ragged=False)
         x = self.stem(values.contiguous(memory_format=CHANNELS_LAST))
-        x_UND = self.final_norm(self.stages(x).flatten(2).transpose(1, 2)) + self.positions_ND
-        return all_valid(x_UND, x_UND.amax(dim=1) if self.config.pool == "max" else None)
+        x_UND = self.final_norm(self.stages(x).flatten(2).transpose(1, 2))
+        # Pooled without the places: the maximum of a code says nothing, and the mean of all codes is zero.
+        pooled_UD = x_UND.amax(dim=1) if self.config.pool == "max" else None
+        return all_valid(x_UND + self.positions_ND, pooled_UD)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from polymodal.modalities.video import VideoReaderConfig
 from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, finish, pool_max
 from polymodal.models.encoders.cnn import CHANNELS_LAST, ResidualBlock, group_norm
-from polymodal.models.layers import sincos_2d
 from polymodal.models.layers.convolution import shortened, valid_mask
+from polymodal.models.layers.positions import grid_codes
 
 
 class CnnTemporalConfig(EncoderConfig):
@@ -116,7 +116,7 @@ class CnnTemporal(Encoder):
         self.temporal = nn.ModuleList(TemporalMix(width) for width in widths)
         # As in the image network: centred features of one size that know their place.
         self.final_norm = nn.LayerNorm(config.width)
-        self.register_buffer("positions_ND", sincos_2d(config.grid, config.grid, config.width), persistent=False)
+        self.register_buffer("positions_ND", grid_codes(config.grid, config.width), persistent=False)
 
     def forward(self, values: Tensor, lengths_U: Tensor) -> Features:
         """Encode videos ``[U, L, 3, S, S]``."""
@@ -129,7 +129,8 @@ class CnnTemporal(Encoder):
             x = temporal(x, is_valid_UL).flatten(0, 1)
         kept_ULCHW = x.unflatten(0, (num_videos, num_frames))[:, ::2]
         is_kept_UL = is_valid_UL[:, ::2]
-        x_ULND = self.final_norm(kept_ULCHW.flatten(3).transpose(2, 3)) + self.positions_ND
+        x_ULND = self.final_norm(kept_ULCHW.flatten(3).transpose(2, 3))
         is_valid_UN = is_kept_UL.repeat_interleave(self.config.grid**2, dim=1)
-        x_UND = x_ULND.flatten(1, 2)
-        return finish(x_UND, is_valid_UN, pool_max(x_UND, is_valid_UN) if self.config.pool == "max" else None)
+        # Pooled without the places: the maximum of a code says nothing, and the mean of all codes is zero.
+        pooled_UD = pool_max(x_ULND.flatten(1, 2), is_valid_UN) if self.config.pool == "max" else None
+        return finish((x_ULND + self.positions_ND).flatten(1, 2), is_valid_UN, pooled_UD)

@@ -180,12 +180,14 @@ class PointGroups(Encoder):
         self.require_shape(values)
         config = self.config
         is_valid_UL = valid_mask(lengths_U, values.shape[1])
-        xyz_UL3 = values[..., :3]
+        # Neighbours are told apart in float32, whatever the weights are stored in.
+        xyz_UL3 = values[..., :3].float()
         centres_UG = farthest_points(xyz_UL3, is_valid_UL, min(config.num_groups, values.shape[1]))
         rows_U1 = torch.arange(len(values), device=values.device)[:, None]
         centre_UG3 = xyz_UL3[rows_U1, centres_UG]
         near_UGK = nearest_points(xyz_UL3, is_valid_UL, centre_UG3, config.group_size)
         groups_UGKC = values[rows_U1[..., None], near_UGK]
+        centre_UG3 = centre_UG3.to(values.dtype)
         relative_UGK3 = groups_UGKC[..., :3] - centre_UG3[:, :, None]
         groups_UGKC = torch.cat((relative_UGK3, groups_UGKC[..., 3:]), dim=-1)
         is_valid_UG = valid_mask(lengths_U.clamp(max=config.num_groups), groups_UGKC.shape[1])

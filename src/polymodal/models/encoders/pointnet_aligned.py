@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar, Literal
 
@@ -130,11 +131,12 @@ class PointnetAligned(Encoder):
         if self.input_alignment is not None:
             turned_F3 = turn(x_FC[:, :3], self.input_alignment(x_FC, is_valid_UL), lengths_U)
             x_FC = torch.cat((turned_F3, x_FC[:, 3:]), dim=1)
-        x_FD = self.first(x_FC)
+        x_FD, penalty = self.first(x_FC), None
         if self.feature_alignment is not None:
-            x_FD = turn(x_FD, self.feature_alignment(x_FD, is_valid_UL), lengths_U)
+            matrix_UKK = self.feature_alignment(x_FD, is_valid_UL)
+            x_FD, penalty = turn(x_FD, matrix_UKK, lengths_U), orthogonality(matrix_UKK)
         pooled_UD = largest(self.second(x_FD), is_valid_UL)
-        return all_valid(self.dropout(self.whole(pooled_UD))[:, None])
+        return replace(all_valid(self.dropout(self.whole(pooled_UD))[:, None]), penalty=penalty)
 
 
 def largest(x_FD: Tensor, is_valid_UL: Tensor) -> Tensor:

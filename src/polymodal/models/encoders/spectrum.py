@@ -95,8 +95,9 @@ class Spectrum(Encoder):
         values = values * valid_mask(lengths_U, values.shape[1])[..., None]
         num = shortened(values.shape[1], hop)
         padded = nn.functional.pad(values, (0, 0, 0, (num - 1) * hop + window - values.shape[1]))
-        frames_UNCW = padded.unfold(1, window, hop) * self.hann_W
-        magnitude_UNCF = torch.fft.rfft(frames_UNCW.float()).abs()
-        bands_UNCB = magnitude_UNCF.log1p() @ self.bands_FB
+        # There is no spectrum in half precision.
+        frames_UNCW = padded.unfold(1, window, hop).float() * self.hann_W.float()
+        magnitude_UNCF = torch.fft.rfft(frames_UNCW).abs()
+        bands_UNCB = magnitude_UNCF.log1p() @ self.bands_FB.float()
         bands: Tensor = bands_UNCB.flatten(2).to(values.dtype)
         return bands

@@ -93,6 +93,18 @@ class InstructionEntry(EntryConfig):
     use: Literal["instruction"] = "instruction"
 
 
+class BesideQueriesEntry(EntryConfig):
+    """The texts of pairs, which the Q-Former of another stream reads beside its queries (BLIP-2's first stage).
+
+    Heads that stand ``at: queries``, and projections ``through`` it, read its states; where its queries stand in a
+    sequence they stand alone. For text streams with the encoder ``embedding`` and connectors with ``words: true``.
+
+    Source: BLIP-2, arXiv 2301.12597, section 3.2.
+    """
+
+    use: Literal["beside_queries"] = "beside_queries"
+
+
 class NoEntry(EntryConfig):
     """The stream meets others only in an objective (CLIP, ImageBind)."""
 
@@ -100,6 +112,7 @@ class NoEntry(EntryConfig):
 
 
 ENTRIES: Table[EntryConfig] = Table(
-    "entry", [SequenceEntry, CrossAttentionEntry, MergeEntry, LatentEntry, InstructionEntry, NoEntry]
+    "entry",
+    [SequenceEntry, CrossAttentionEntry, MergeEntry, LatentEntry, InstructionEntry, BesideQueriesEntry, NoEntry],
 )
 """Every way to enter, by name."""

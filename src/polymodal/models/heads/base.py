@@ -24,6 +24,7 @@ class HeadInputs:
         own_head: the backbone's own map from states to logits, where it brings one.
         stream_encoders: per stream, its encoder's config.
         token_embeddings: per text stream, its encoder's token embedding, for tied heads.
+        query_width: width of the Q-Former that reads texts beside its queries; None without one.
     """
 
     state_width: int | None
@@ -34,6 +35,7 @@ class HeadInputs:
     added_embedding: nn.Embedding | None = None
     stream_encoders: Mapping[str, Config] = field(default_factory=dict)
     token_embeddings: Mapping[str, nn.Embedding] = field(default_factory=dict)
+    query_width: int | None = None
 
 
 class HeadConfig(Config):
@@ -49,6 +51,14 @@ class HeadConfig(Config):
         if inputs.state_width is None:
             raise ConfigError(f"head {self.use}: needs the states of a backbone, and the backbone is 'none'")
         return inputs.state_width
+
+    def _query_width(self, inputs: HeadInputs) -> int:
+        """Width of the states of queries and of the words beside them."""
+        if inputs.query_width is None:
+            raise ConfigError(
+                f"head {self.use}: at 'queries' needs one connector with words: true, found none; or leave 'at' out"
+            )
+        return inputs.query_width
 
     def _stream_width(self, stream: str, inputs: HeadInputs) -> int:
         """Width of the features of a stream that the head reads, without a backbone."""

@@ -27,8 +27,9 @@ class MaskedTokenConfig(HeadConfig):
     use: Literal["masked_token"] = "masked_token"
     stream: str = "text"
     """The stream whose places are hidden."""
-    at: Literal["backbone", "encoder"] = "backbone"
-    """Which states are read: the backbone's, or those of the stream's own encoder (FLAVA's unimodal objectives)."""
+    at: Literal["backbone", "encoder", "queries"] = "backbone"
+    """Which states are read: the backbone's; those of the stream's own encoder (FLAVA's unimodal objectives); or, of a
+    text that is generated, those beside a Q-Former's ``queries`` (BLIP-2's first stage)."""
     predicts: Literal["tokens", "pixels", "codes"] = "tokens"
     """``tokens`` of a text, ``pixels`` of a patch, or the ``codes`` that another encoder gives the patch."""
     codec: str | None = None
@@ -61,6 +62,8 @@ class MaskedTokenConfig(HeadConfig):
         width = self._stream_width(self.stream, inputs)
         if self.at == "backbone":
             width = self._width(inputs)
+        elif self.at == "queries":
+            width = self._query_width(inputs)
         embedding = inputs.token_embeddings.get(self.stream)
         if self.is_tied and (embedding is None or embedding.embedding_dim != width):
             found = "no token embedding" if embedding is None else f"one of width {embedding.embedding_dim}"

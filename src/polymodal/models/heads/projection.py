@@ -34,7 +34,8 @@ class ProjectionConfig(HeadConfig):
     """Streams that take another's projection (ImageBind's videos take that of images)."""
     through: tuple[str, ...] = ()
     """Streams whose vector is the backbone's state with that stream alone in it (the text of BLIP; both of BEiT-3),
-    instead of the encoder's own pooled vector."""
+    instead of the encoder's own pooled vector. With a Q-Former that reads texts, its states: of a text the first, of a
+    picture those of all queries, the best of which counts (BLIP-2, arXiv 2301.12597, section 3.2)."""
     proj_bias: bool = False
     """Whether the projections have a bias (ALBEF, BLIP, FLAVA)."""
     hidden: Activation | None = None
@@ -95,7 +96,8 @@ class ProjectionConfig(HeadConfig):
                     f"width {inputs.stream_widths[name]}, the space {self.dim}"
                 )
         names = self.streams or tuple(inputs.stream_widths)
-        widths = {name: self._width(inputs) if name in self.through else inputs.stream_widths[name] for name in names}
+        through = inputs.query_width or (self._width(inputs) if self.through else 0)
+        widths = {name: through if name in self.through else inputs.stream_widths[name] for name in names}
         return ProjectionHead(self, widths)
 
 
@@ -135,7 +137,7 @@ class ProjectionHead(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.tensor(start)))
 
     def forward(self, pooled_ID: Tensor, stream: str) -> Tensor:
-        """Unit vectors ``[I, E]``, float32."""
+        """Unit vectors ``[I, E]``, float32; of several states ``[I, M, D_enc]`` as many, ``[I, M, E]``."""
         return F.normalize(self.projs[stream](pooled_ID).float(), dim=-1)
 
     def _map(self, name: str, width: int) -> nn.Module:

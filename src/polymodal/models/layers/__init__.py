@@ -6,7 +6,7 @@ from polymodal.models.layers.layout import Layout
 from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.mlp import MLP, Activation
 from polymodal.models.layers.norm import NormKind, build_norm
-from polymodal.models.layers.positions import LearnedPositions, sincos_2d, sinusoidal
+from polymodal.models.layers.positions import LearnedPositions, grid_codes, sincos_2d, sinusoidal
 from polymodal.models.layers.rope_scaling import RopeScaling
 from polymodal.models.layers.transformer import Block, Transformer, TransformerConfig, initialise
 
@@ -25,6 +25,7 @@ __all__ = [
     "Transformer",
     "TransformerConfig",
     "build_norm",
+    "grid_codes",
     "initialise",
     "sincos_2d",
     "sinusoidal",

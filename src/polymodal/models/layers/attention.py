@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.dropping import Watch
 from polymodal.models.layers.layout import Layout
 from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.norm import NormKind, build_norm
@@ -31,6 +32,8 @@ class Step:
         is_causal: whether the causal flag stands in for a mask.
         cache: keys and values of earlier tokens, or None.
         is_first: whether the cache was empty before this step.
+        watch: takes the attention that tokens receive, or None.
+        wide: the same without a window, for blocks that have none; None if all are alike.
     """
 
     layout: Layout
@@ -39,6 +42,8 @@ class Step:
     is_causal: bool
     cache: KVCache | None = None
     is_first: bool = False
+    watch: Watch | None = None
+    wide: Step | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,8 @@ class Attention(nn.Module):
                 raise ConfigError("extra_key: found a packed layout, expected bidirectional rows")
             return self._packed(q_BTHK, k_BTGK, v_BTGK, step)
         q, k, v = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
+        if step.watch is not None:
+            step.watch.see(q, k, self.scale)
         if step.cache is not None:
             seen_k, seen_v = step.cache.append(layer, k, v)
             if not step.is_first:
@@ -201,7 +208,10 @@ class Attention(nn.Module):
 
     def _packed(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, step: Step) -> Tensor:
         shapes, index, inverse = step.layout.buckets
-        rows = [part[0] if index is None else part[0].index_select(0, index) for part in (q_BTHK, k_BTGK, v_BTGK)]
+        # The backward pass of a squeeze is a view, that of indexing the one row a copy into zeros.
+        rows = [part.squeeze(0) for part in (q_BTHK, k_BTGK, v_BTGK)]
+        if index is not None:
+            rows = [row.index_select(0, index) for row in rows]
         # One split, whose backward is one cat: slicing would make a full-size gradient for every segment.
         sizes = [count * length for count, length in shapes]
         parts = []
@@ -216,6 +226,10 @@ class Attention(nn.Module):
         return self._out(joined[None])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+            # On CPU the backward pass of attention in bfloat16 takes many times as long as in float32.
+            with torch.autocast("cpu", enabled=False):
+                return self._attend(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
         dropout = self.dropout if self.training else 0.0
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)

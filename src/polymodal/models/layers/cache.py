@@ -53,6 +53,10 @@ class KVCache:
         """Slots before the first token of every row that hold virtual tokens; see :meth:`reserve`."""
         self.is_pure = False
         """Whether :meth:`append` keeps nothing, so that a block may be run twice."""
+        self.later: KVCache | None = None
+        """Of the later layers, where they read fewer tokens; see :meth:`split`."""
+        self.first_layer = 0
+        """The layer that the first keys and values are of."""
         self._lengths = [0] * rows
         self._slots_BT: Tensor | None = None
         self._end = 0
@@ -120,7 +124,7 @@ class KVCache:
 
     def append(self, layer: int, keys_BHTK: Tensor, values_BHTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store one layer's new keys and values; returns views ``[B, H, M, K]`` of all that the step may see."""
-        keys, values = self.keys[layer], self.values[layer]
+        keys, values = self.keys[layer - self.first_layer], self.values[layer - self.first_layer]
         end = self.num_virtual + self._end
         if self._slots_BT is None:
             start = end - keys_BHTK.shape[2]
@@ -146,6 +150,14 @@ class KVCache:
             return memory
         return self.memory
 
+    def split(self, layer: int, max_tokens: int) -> KVCache:
+        """Give the layers from ``layer`` on an empty cache of their own, in the same memory, with fewer slots."""
+        later = KVCache(0, self.rows, 0, 0, 0)
+        later.keys, later.values = (both[layer:, :, :, :max_tokens] for both in (self.keys, self.values))
+        later.max_tokens, later.first_layer = max_tokens, layer
+        self.keys, self.values, self.later = self.keys[:layer], self.values[:layer], later
+        return later
+
     @property
     def num_visible(self) -> int:
         """Slots that the open step may see, its own tokens included."""
@@ -155,7 +167,7 @@ class KVCache:
     def num_bytes(self) -> int:
         """Bytes of all keys and values."""
         held = [self.keys, self.values, *(part for pair in self.memory_keys.values() for part in pair)]
-        return sum(part.numel() * part.element_size() for part in held)
+        return sum(part.numel() * part.element_size() for part in held) + (self.later.num_bytes if self.later else 0)
 
     def crop(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens of each row."""
@@ -169,8 +181,10 @@ class KVCache:
             max_tokens: slots of the copy; None keeps them.
 
         Raises:
-            ConfigError: if several rows are to be repeated, or the tokens do not fit.
+            ConfigError: if several rows are to be repeated, the tokens do not fit, or some were dropped for a question.
         """
+        if self.later is not None:
+            raise ConfigError("key-value cache: found tokens dropped for one question, expected all of them in a copy")
         if rows is not None and self.rows != 1:
             raise ConfigError(f"key-value cache: found {self.rows} rows, expected 1 row to repeat {rows} times")
         slots = self.max_tokens if max_tokens is None else max_tokens
@@ -193,6 +207,8 @@ class KVCache:
         self.keys = self.keys[:, rows_B]
         self.values = self.values[:, rows_B]
         self._lengths = [self._lengths[row] for row in rows_B.tolist()]
+        if self.later is not None:
+            self.later.select(rows_B)
         self._take_memory(self, rows_B)
 
     def _take_memory(self, other: KVCache, rows_B: Tensor) -> None:

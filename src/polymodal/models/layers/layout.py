@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import ConfigError
+from polymodal.models.layers.dropping import Dropping
 
 _MAX_WASTE = 1.125
 """A bucket may hold so many times its own tokens: a little padding costs less than many small attention calls."""
@@ -84,6 +85,8 @@ class Layout:
     source_lengths: tuple[int, ...] | None = None
     rope: tuple[Tensor, Tensor] | None = None
     """Cosines and sines ``[1, T, 1, K]`` of a rotary code that the caller made (``rope_2d``); None: the stack's."""
+    dropping: Dropping | None = None
+    """Which tokens a stack may go on without; None: none."""
 
     @classmethod
     def prefixed(cls, is_valid_BT: Tensor, is_causal_T: Tensor) -> Layout:

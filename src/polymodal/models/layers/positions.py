@@ -25,12 +25,15 @@ def rope_tables(
     Source: RoFormer, arXiv 2104.09864, section 3.2 (which interleaves the pairs instead).
     """
     steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    rates_K = theta ** (-steps / head_dim)
+    rates_K, magnitude = theta ** (-steps / head_dim), 1.0
     if scaling is not None:
-        rates_K = scaling.slow(rates_K)
+        longest = int(positions_BT.max()) + 1 if scaling.kind == "longrope" and positions_BT.numel() else 0
+        rates_K, magnitude = scaling.slow(rates_K, longest), scaling.magnitude
     angles_BTK = positions_BT[..., None].float() * rates_K
     angles_BTK = torch.cat((angles_BTK, angles_BTK), dim=-1)[:, :, None]
-    return angles_BTK.cos().to(dtype), angles_BTK.sin().to(dtype)
+    if magnitude == 1.0:
+        return angles_BTK.cos().to(dtype), angles_BTK.sin().to(dtype)
+    return (angles_BTK.cos() * magnitude).to(dtype), (angles_BTK.sin() * magnitude).to(dtype)
 
 
 def rotate(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -94,7 +97,7 @@ def interleaved_sinusoidal(length: int, width: int, device: torch.device | str |
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
 
 
-def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
+def sincos_2d(rows: int, columns: int, width: int, max_period: float = 10_000.0) -> Tensor:
     """Fixed codes ``[rows * columns, width]`` of a grid in reading order: half the width for each axis.
 
     Source: MAE, arXiv 2111.06377, appendix A.1.
@@ -104,9 +107,26 @@ def sincos_2d(rows: int, columns: int, width: int) -> Tensor:
     """
     if width % 4 or width < 8:
         raise ConfigError(f"two-dimensional positions: found width {width}, expected a multiple of 4, at least 8")
-    row_codes = sinusoidal(rows, width // 2).repeat_interleave(columns, dim=0)
-    column_codes = sinusoidal(columns, width // 2).repeat(rows, 1)
+    row_codes = sinusoidal(rows, width // 2, max_period).repeat_interleave(columns, dim=0)
+    column_codes = sinusoidal(columns, width // 2, max_period).repeat(rows, 1)
     return torch.cat((row_codes, column_codes), dim=1)
+
+
+def grid_codes(side: int, width: int) -> Tensor:
+    """Fixed codes ``[side ** 2, width]`` of a square grid in reading order, half as large as normalised features.
+
+    As :func:`sincos_2d`, but with wavelengths that fit the grid, centred, and with deviation 0.5 over all places. With
+    the usual wavelengths most channels are constant over a small grid: beside features of unit variance the places of
+    an 8 x 8 grid then have a variance of 0.07, and a decoder hardly learns to tell where a thing is; with deviation 1
+    the places hide what is there (``docs/log.md``).
+
+    Raises:
+        ConfigError: if ``width`` is not a multiple of 4, or below 8.
+    """
+    codes_ND = sincos_2d(side, side, width, max_period=float(max(2, side)))
+    codes_ND = codes_ND - codes_ND.mean(dim=0)
+    spread = codes_ND.square().mean().sqrt()
+    return 0.5 * codes_ND / spread if spread > 0 else codes_ND
 
 
 class LearnedPositions(nn.Module):

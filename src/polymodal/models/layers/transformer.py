@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -14,6 +15,7 @@ from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
 from polymodal.models.layers.attention import Attention, AttentionExtras, Step
 from polymodal.models.layers.cache import KVCache
+from polymodal.models.layers.cut import Cut
 from polymodal.models.layers.layout import Layout
 from polymodal.models.layers.memory import Memory
 from polymodal.models.layers.mlp import MLP, Activation
@@ -54,6 +56,8 @@ class TransformerConfig(Config):
     """How the rotary code is stretched to longer texts; None: not."""
     window: int | None = Field(default=None, ge=1)
     """Tokens that a token of a causal layout sees, itself included (arXiv 2310.06825, section 2); None: all before."""
+    window_from: int = Field(default=0, ge=0)
+    """With ``window``: blocks before this one see all tokens before (Qwen2's ``max_window_layers``)."""
     relative_buckets: int | None = Field(default=None, ge=4)
     """Buckets of learned relative positions, added to the attention scores of every block alike (T5); None: none."""
     relative_distance: int = Field(default=128, ge=2)
@@ -95,11 +99,24 @@ class TransformerConfig(Config):
             )
         if self.relative_buckets is not None and self.window is not None:
             raise ValueError(f"found both relative positions and window {self.window}, expected one of them")
-        if self.rope_scaling is not None and self.rope_theta is None:
-            raise ValueError("found rope_scaling without a rotary code, expected rope_theta beside it")
+        if self.window_from and self.window is None:
+            raise ValueError(f"found window_from {self.window_from} without a window, expected window beside it")
+        self._check_scaling()
         if self.rope_theta is not None and self.size_of_head % 2:
             raise ValueError(f"rotary codes need an even head width, found {self.size_of_head}")
         return self
+
+    def _check_scaling(self) -> None:
+        scaling = self.rope_scaling
+        if scaling is None:
+            return
+        if self.rope_theta is None:
+            raise ValueError("found rope_scaling without a rotary code, expected rope_theta beside it")
+        if scaling.kind == "longrope" and 2 * len(scaling.short_factors) != self.size_of_head:
+            raise ValueError(
+                f"rope_scaling: found {len(scaling.short_factors)} factors, expected {self.size_of_head // 2}: one for "
+                "every pair of a head"
+            )
 
     @property
     def num_kv_heads(self) -> int:
@@ -246,18 +263,21 @@ class Transformer(nn.Module):
         layout.check(*x_BTD.shape[:2])
         if memory is not None and self.config.cross_width is None:
             raise ConfigError("found a memory, expected none: this transformer has no cross-attention; set cross_width")
-        if cache is None and memory is None and (valid := layout.without_padding()) is not None:
+        is_whole = cache is None and memory is None and layout.dropping is None
+        if is_whole and (valid := layout.without_padding()) is not None:
             return self._unpadded(x_BTD, *valid)
         step = self.step(x_BTD, layout, cache)
         if cache is not None:
             memory = cache.remember(memory)
+        cut = Cut(step, x_BTD.shape[1], len(self.blocks))
+        if cut.after < len(self.blocks) and (memory is not None or self.config.window is not None):
+            raise ConfigError("drop_media: found cross-attention or a window, expected a decoder without")
         for layer in range(len(self.blocks)):
+            x_BTD, step = cut.before(layer, x_BTD)
             x_BTD = self.run_block(layer, x_BTD, step, memory)
-        if cache is not None:
-            cache.end(x_BTD.shape[1], layout.is_valid_BT)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
-        return x_BTD
+        return cut.end(x_BTD)
 
     def _unpadded(self, x_BTD: Tensor, layout: Layout, index_N: Tensor) -> Tensor:
         """Run the stack over the valid tokens alone; padding comes out as zeros."""
@@ -276,6 +296,8 @@ class Transformer(nn.Module):
     def run_block(self, layer: int, x_BTD: Tensor, step: Step, memory: Memory | None = None) -> Tensor:
         """One block, recomputed in the backward pass where ``checkpointing`` asks for it."""
         block = self.blocks[layer]
+        if step.wide is not None and layer < self.config.window_from:
+            step = step.wide
         out: Tensor
         if self.checkpointing and torch.is_grad_enabled() and (step.cache is None or step.cache.is_pure):
             out = checkpoint(block, x_BTD, step, layer, memory, use_reentrant=False)
@@ -300,9 +322,11 @@ class Transformer(nn.Module):
             rope = rope_tables(positions_BT, self.config.size_of_head, theta, x_BTD.dtype, scaling)
         if self.relative is not None:
             mask, is_causal = self._relative_mask(layout, positions_BT, mask, is_causal, cache), False
-        if self.config.window is not None:
-            mask, is_causal = self._windowed(layout, positions_BT, mask, is_causal, cache)
-        return Step(layout, rope, mask, is_causal, cache, is_first)
+        step = Step(layout, rope, mask, is_causal, cache, is_first)
+        if self.config.window is None:
+            return step
+        mask, is_causal = self._windowed(layout, positions_BT, mask, is_causal, cache)
+        return replace(step, mask=mask, is_causal=is_causal, wide=step if self.config.window_from else None)
 
     def _windowed(
         self, layout: Layout, positions_BT: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None

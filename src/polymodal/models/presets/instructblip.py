@@ -24,7 +24,8 @@ from polymodal.models.weights import HubConfigs, NameTable, Rule
 
 KIND, WORDS = "InstructBlipForConditionalGeneration", "qformer_tokenizer"
 _TEXT = {"vocab_size": 30522, "max_position_embeddings": 512}
-_WORD_PARTS = {"mlp.up_proj": "intermediate.dense", "mlp.down_proj": "output.dense", "mlp_norm": "output.LayerNorm"}
+WORD_PARTS = {"mlp.up_proj": "intermediate.dense", "mlp.down_proj": "output.dense", "mlp_norm": "output.LayerNorm"}
+"""Part of what words pass in a block of ours -> stored part of a Q-Former's."""
 
 
 def to_model(configs: HubConfigs) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
             Rule(ours + "query_norm.{p}", hub + "layernorm.{p}"),
             Rule(words + "token_embed.weight", hub + "word_embeddings.weight"),
             Rule(words + "positions.weight", hub + "position_embeddings.weight"),
-            *block_rules(ours + "word_paths", "qformer.encoder.layer", _WORD_PARTS),
+            *block_rules(ours + "word_paths", "qformer.encoder.layer", WORD_PARTS),
         ],
         ignored=(hub + "position_ids",),
     )

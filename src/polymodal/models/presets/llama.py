@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,25 @@ _PARTS = {
     "mlp.up_proj": "mlp.up_proj",
     "mlp.down_proj": "mlp.down_proj",
 }
+
+
+_FACTOR = {"factor": "factor"}
+_ORIGINAL = {**_FACTOR, "original_max_tokens": "original_max_position_embeddings"}
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "linear": _FACTOR,
+    "llama3": {**_ORIGINAL, "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
+    "yarn": {
+        **_ORIGINAL,
+        **{key: key for key in ("attention_factor", "beta_fast", "beta_slow", "truncate")},
+    },
+    "longrope": {
+        **_ORIGINAL,
+        "short_factors": "short_factor",
+        "long_factors": "long_factor",
+        "attention_factor": "attention_factor",
+    },
+}
+"""Per kind of stretching, our name of each value and the hub's."""
 
 
 def llama_like(config: Mapping[str, Any], where: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,20 +126,21 @@ def read_rope(config: Mapping[str, Any], where: str) -> tuple[float, dict[str, A
     theta = float(told.get("rope_theta", config.get("rope_theta", 10_000.0)))
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, {"kind": "linear", "factor": told["factor"]}
-    if kind == "llama3":
-        return theta, {
-            "kind": "llama3",
-            "factor": told["factor"],
-            "low_freq_factor": told["low_freq_factor"],
-            "high_freq_factor": told["high_freq_factor"],
-            "original_max_tokens": told["original_max_position_embeddings"],
-        }
-    raise ConfigError(
-        f"{where}: found rope_type {kind!r}, expected default, linear or llama3: there is no native form of it; "
-        "use the adapter, {use: transformers, from: ...}"
-    )
+    if kind not in _ROPE_KEYS:
+        raise ConfigError(
+            f"{where}: found rope_type {kind!r}, expected default, {', '.join(_ROPE_KEYS)}: there is no native form "
+            "of it; use the adapter, {use: transformers, from: ...}"
+        )
+    longest = config.get("max_position_embeddings", 0)
+    original = told.get("original_max_position_embeddings", config.get("original_max_position_embeddings", longest))
+    told = {**told, "original_max_position_embeddings": original}
+    if told.get("factor") is None:
+        told["factor"] = longest / original
+    if kind == "yarn" and told.get("attention_factor") is None and told.get("mscale") and told.get("mscale_all_dim"):
+        wanted, whole = (0.1 * told[key] * math.log(told["factor"]) + 1.0 for key in ("mscale", "mscale_all_dim"))
+        told["attention_factor"] = wanted / whole
+    given = {ours: told[hub] for ours, hub in _ROPE_KEYS[kind].items() if told.get(hub) is not None}
+    return theta, {"kind": kind, **given}
 
 
 def write_rope(stack: TransformerConfig) -> dict[str, Any]:
@@ -127,14 +148,9 @@ def write_rope(stack: TransformerConfig) -> dict[str, Any]:
     scaling = stack.rope_scaling
     if scaling is None:
         return {"rope_theta": stack.rope_theta}
-    told: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        told |= {
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_tokens,
-        }
-    return {"rope_theta": stack.rope_theta, "rope_scaling": told}
+    told = {hub: getattr(scaling, ours) for ours, hub in _ROPE_KEYS[scaling.kind].items()}
+    told = {hub: list(value) if isinstance(value, tuple) else value for hub, value in told.items() if value is not None}
+    return {"rope_theta": stack.rope_theta, "rope_scaling": {"rope_type": scaling.kind, **told}}
 
 
 _LLAMA = {

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from polymodal.core.errors import ConfigError
 from polymodal.models.backbones.decoder import DecoderConfig
-from polymodal.models.presets.architecture import Size, require
+from polymodal.models.presets.architecture import Size
 from polymodal.models.presets.language import Language
 from polymodal.models.presets.llama import llama_config, llama_like, llama_names
 
@@ -25,21 +26,43 @@ _QWEN3 = {**_QWEN2, "head_dim": 128}
 
 
 def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
-    require(config, "qwen2", use_sliding_window=False)
     data = llama_like(config, "qwen2", _QWEN2)
-    data["transformer"]["qkv_bias"] = True
+    data["transformer"] |= {"qkv_bias": True, **_window(config, "qwen2", data["transformer"]["depth"])}
     return data
 
 
 def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
-    require(config, "qwen3", use_sliding_window=False)
     data = llama_like(config, "qwen3", _QWEN3)
-    data["transformer"]["qk_norm"] = True
+    data["transformer"] |= {"qk_norm": True, **_window(config, "qwen3", data["transformer"]["depth"])}
     return data
 
 
+def _window(config: Mapping[str, Any], where: str, depth: int) -> dict[str, int]:
+    """The window of the later blocks, where the checkpoint uses it.
+
+    Raises:
+        ConfigError: if blocks with and without a window alternate.
+    """
+    if not config.get("use_sliding_window", False) or config.get("sliding_window", 4096) is None:
+        return {}
+    first = config.get("max_window_layers", 28)
+    full, sliding = "full_attention", "sliding_attention"
+    kinds = config.get("layer_types") or [full] * min(first, depth) + [sliding] * (depth - first)
+    wide = kinds.count(full)
+    if kinds != [full] * wide + [sliding] * (depth - wide):
+        raise ConfigError(
+            f"{where}: found layer_types {kinds}, expected full_attention first and sliding_attention after it; "
+            "use the adapter, {use: transformers, from: ...}"
+        )
+    return {"window": config.get("sliding_window", 4096), "window_from": wide} if wide < depth else {}
+
+
 def _config(backbone: DecoderConfig, rows: int) -> dict[str, Any]:
-    return {**llama_config(backbone, rows), "use_sliding_window": False}
+    stack = backbone.transformer
+    told: dict[str, Any] = {"use_sliding_window": stack.window is not None}
+    if stack.window is not None:
+        told |= {"sliding_window": stack.window, "max_window_layers": stack.window_from}
+    return {**llama_config(backbone, rows), **told}
 
 
 def _size(kind: str, parameters: int, values: tuple[int, int, int, int, int], **config: Any) -> Size:

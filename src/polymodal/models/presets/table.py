@@ -10,6 +10,7 @@ from polymodal.models.presets.beit3 import BEIT3
 from polymodal.models.presets.bert import BERT
 from polymodal.models.presets.blip import BLIP
 from polymodal.models.presets.blip2 import BLIP2
+from polymodal.models.presets.blip2_retrieval import BLIP2_RETRIEVAL
 from polymodal.models.presets.blip_retrieval import BLIP_RETRIEVAL
 from polymodal.models.presets.clap import CLAP
 from polymodal.models.presets.clip import CLIP
@@ -80,6 +81,7 @@ _ALL: tuple[Architecture, ...] = (
     FLAVA,
     BLIP,
     BLIP2,
+    BLIP2_RETRIEVAL,
     MINIGPT4,
     INSTRUCTBLIP,
     IDEFICS,

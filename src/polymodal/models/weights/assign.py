@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -93,6 +94,15 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
 def without_memory(network: nn.Module) -> list[str]:
     """Names of what is still without memory."""
     return [name for name, tensor in network.state_dict(keep_vars=True).items() if tensor.device.type == "meta"]
+
+
+def main_dtype(network: nn.Module) -> torch.dtype:
+    """The number format of most parameters, shared ones once; float32 where there are none."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def num_parameters(network: nn.Module) -> int:

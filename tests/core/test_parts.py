@@ -31,6 +31,20 @@ from polymodal.core.parts import (
 )
 
 
+def test_a_file_that_changes_has_another_key_and_one_that_settled_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    first = Image(path).content_key()
+    path.write_bytes(b"abd")
+    second = Image(path).content_key()
+    assert second != first, "changed within a moment, at the same size"
+    os.utime(path, ns=(10**18, 10**18))
+    assert [Image(path).content_key(), Image(path).content_key()] == [second, second]
+    path.write_bytes(b"abc")
+    os.utime(path, ns=(10**18 + 1, 10**18 + 1))
+    assert Image(path).content_key() == first
+
+
 def test_equal_content_has_an_equal_key_wherever_it_lies(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     (tmp_path / "b").write_bytes(b"abc")

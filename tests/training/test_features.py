@@ -85,6 +85,19 @@ def test_every_item_is_encoded_once_and_kept(root: Path, tmp_path: Path) -> None
         assert store.fill(sources_of(parts)) == 0, "another process finds them again"
 
 
+def test_a_picture_asked_about_many_times_is_planned_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = assembled(root)
+    sources = sources_of(parts)
+    with store_of(parts, tmp_path / "cache") as store:
+        plan = store.processor.plan
+        planned: list[str] = []
+        monkeypatch.setattr(store.processor, "plan", lambda sample: planned.append(sample.id) or plan(sample))
+        assert store.fill([*sources, *sources, *sources]) == 24
+    assert len(planned) == len(set(planned)) == 24
+
+
 def test_a_new_encoder_or_reader_never_reads_the_old_ones_features(root: Path) -> None:
     parts = assembled(root)
     tags = {name: stream_tag(parts.network, name) for name in ("image", "sensor")}

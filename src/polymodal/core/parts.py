@@ -5,8 +5,10 @@ A media part remembers where its bytes come from and reads nothing until a reade
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,6 +21,7 @@ from polymodal.core.errors import CorruptMediaError, LimitError, UnsupportedMedi
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_SETTLED_NS = 2 * 10**9
 Source = Any
 """A path (``str`` or ``os.PathLike``), ``bytes``, a numpy array, or (images) a ``PIL.Image.Image``."""
 
@@ -88,9 +91,7 @@ class Media(Part):
         digest = hashlib.blake2b(self.modality.encode(), digest_size=16)
         if self.path is not None:
             try:
-                with self.path.open("rb") as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
+                digest = _file_digest(self.modality, self.path)
             except (OSError, ValueError) as error:
                 raise CorruptMediaError(self.name, f"cannot be read: {_reason(error)}") from None
         elif isinstance(self.source, bytes | bytearray | memoryview):
@@ -99,12 +100,34 @@ class Media(Part):
             array = np.ascontiguousarray(self.source)
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(array.tobytes())
-        digest.update(repr(self._details()).encode())
+        digest.update(repr(self.details()).encode())
         return digest.hexdigest()
 
-    def _details(self) -> tuple[object, ...]:
+    def details(self) -> tuple[object, ...]:
         """What besides the bytes decides the content (a rate, channel names)."""
         return ()
+
+
+def _file_digest(modality: str, path: Path) -> hashlib.blake2b:
+    """The digest of a modality and a file, for the caller to go on with; training meets each file many times."""
+    status = path.stat()
+    # The clock of a file system may be coarse: what was changed a moment ago may change again without a trace.
+    if time.time_ns() - status.st_mtime_ns < _SETTLED_NS:
+        return _fresh_digest(modality, path)
+    return _settled_digest(modality, path, status.st_ino, status.st_size, status.st_mtime_ns).copy()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _settled_digest(modality: str, path: Path, _inode: int, _size: int, _changed_ns: int) -> hashlib.blake2b:
+    return _fresh_digest(modality, path)
+
+
+def _fresh_digest(modality: str, path: Path) -> hashlib.blake2b:
+    digest = hashlib.blake2b(modality.encode(), digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +149,8 @@ class Audio(Media):
     rate_hz: int | None = None
     modality: ClassVar[str] = "audio"
 
-    def _details(self) -> tuple[object, ...]:
+    def details(self) -> tuple[object, ...]:
+        """The rate."""
         return (self.rate_hz,)
 
 
@@ -142,7 +166,8 @@ class Video(Media):
     fps: float | None = None
     modality: ClassVar[str] = "video"
 
-    def _details(self) -> tuple[object, ...]:
+    def details(self) -> tuple[object, ...]:
+        """The rate of frames."""
         return (self.fps,)
 
 
@@ -167,7 +192,8 @@ class Sensor(Media):
     channels: tuple[str, ...] | None = None
     modality: ClassVar[str] = "sensor"
 
-    def _details(self) -> tuple[object, ...]:
+    def details(self) -> tuple[object, ...]:
+        """The rate and the names of the channels."""
         return (self.rate_hz, self.channels)
 
 

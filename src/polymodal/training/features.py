@@ -6,7 +6,7 @@ Shape legend: ``I`` items, ``U`` units, ``N`` features, ``D`` width.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 
 from polymodal.core.batch import Batch, ModelInput, StreamBatch
 from polymodal.core.errors import DataError
+from polymodal.core.samples import Sample
 from polymodal.data.feature_arrays import Features as Stored
 from polymodal.data.feature_cache import FeatureCache
 from polymodal.data.planner import BAD_SAMPLE
@@ -67,9 +68,10 @@ class FeatureStore:
         total, done, encoded = sum(len(source) for source in sources), 0, 0
         groups: dict[str, dict[str, Any]] = {name: {} for name in self.tags}
         seen: set[str] = set()
+        met: set[Hashable] = set()
         for source in sources:
             for index in range(len(source)):
-                for name, key, part in self._items(source, index):
+                for name, key, part in self._items(source, index, met):
                     if key in seen:
                         continue
                     seen.add(key)
@@ -102,17 +104,29 @@ class FeatureStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _items(self, source: Source, index: int) -> list[tuple[str, str, Any]]:
-        """The media items of a sample as ``(stream, key, part)``; none of a sample that cannot be used."""
+    def _items(self, source: Source, index: int, met: set[Hashable]) -> list[tuple[str, str, Any]]:
+        """The media items of a sample as ``(stream, key, part)``; none of a sample that cannot be used.
+
+        A sample with the very media of one before, which ``met`` remembers, is not planned: many questions are asked of
+        one picture, and a plan costs more than reading the line.
+        """
         try:
-            plan = self.processor.plan(source[index])
-            return [
+            sample = source[index]
+            media = _files_of(sample)
+            if media in met:
+                return []
+            plan = self.processor.plan(sample)
+            items = [
                 (name, f"{self.tags[name]}:{part.content_key()}", part)
                 for name in self.tags
                 for part, _ in plan.items.get(name, [])
             ]
         except BAD_SAMPLE:
             return []
+        # What a budget of tokens or the question chooses of an item may differ in the next sample.
+        if media is not None and not plan.choices:
+            met.add(media)
+        return items
 
     def _get(self, key: str) -> Stored | None:
         tag, _, content = key.partition(":")
@@ -204,6 +218,17 @@ def _tagged(processor: Processor, tags: dict[str, str]) -> Processor:
     return Processor(
         processor.tokenizer, processor.chat, streams, max_tokens=processor.max_tokens, overflow=processor.overflow
     )
+
+
+def _files_of(sample: Sample) -> Hashable | None:
+    """The media of a sample and their views without reading them; None where one is not a file."""
+    views = {id(part): view for view, part in sample.views.items()}
+    found: list[Hashable] = []
+    for part in sample.media():
+        if part.path is None:
+            return None
+        found.append((views.get(id(part)), part.modality, str(part.path), part.details()))
+    return tuple(found)
 
 
 def _read(reader: Reader, part: Any) -> ModelInput | None:

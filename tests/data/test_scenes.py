@@ -13,7 +13,7 @@ from polymodal.core.samples import sample_from_json
 from polymodal.data.scenes import FAMILIES, HELD_OUT, make_scene, make_scenes, questions, scene_samples, text_samples
 from polymodal.data.scenes.captions import MEDIA, facts
 from polymodal.data.scenes.gif import encode_gif
-from polymodal.data.scenes.latent import COLOURS, MOTIONS, SHAPES, SOLIDS, SOUNDS, alone, stratum
+from polymodal.data.scenes.latent import COLOURS, DIRECTIONS, MOTIONS, SHAPES, SOLIDS, SOUNDS, alone, paired, stratum
 from polymodal.data.scenes.layout import AREAS_PX, NUM_FRAMES, SIDE_PX, STEP_PX, STEPS, holds, radius_px
 from polymodal.data.scenes.motion import CHANNELS, recording, recording_csv
 from polymodal.data.scenes.picture import picture, picture_png, video_gif, video_indices
@@ -375,6 +375,7 @@ def test_folder_holds_media_and_lines_that_load(folder):
         for name, expected in (
             ("views", 5 * number),
             ("objects", 2 * number),
+            ("pairs", number),
             ("names", 2 * number),
             ("hub", number),
             ("captions", 5 * number),
@@ -415,6 +416,30 @@ def test_an_object_stands_alone_and_its_name_says_its_kind(folder, scenes):
         assert 0.5 < is_thing.sum() / AREAS_PX[scene.things[0].size] < 1.3
         saturation = shown.max(axis=2) - shown.min(axis=2)
         assert (saturation[~is_thing] > 30).sum() < 120, "only the edge of the one thing has colour besides it"
+
+
+def test_a_pair_tells_by_kind_alone_who_moves_where_and_blinks_first(folder):
+    out, _ = folder
+    for index, data in enumerate(lines(out / "train" / "pairs.jsonl")):
+        two = paired(make_scene(3, "train", index))
+        shapes = [thing.shape for thing in two.things]
+        text = data["views"]["text"]
+        assert len(set(shapes)) == 2 and not any(colour in text for colour in COLOURS)
+        for shape, move in zip(shapes, two.moves, strict=True):
+            assert f"the {shape} {f'moves {move}' if move else 'stays'}" in text.lower()
+        order = text.lower().split(". ")[1]
+        assert order.index(shapes[two.blinks[0]]) < order.index(shapes[two.blinks[1]])
+        assert (out / "train" / data["views"]["video"]["path"]).is_file()
+
+
+def test_in_pairs_nothing_but_looking_tells_who_moves():
+    two = [paired(make_scene(0, "train", index)) for index in range(3000)]
+    kinds = Counter(tuple(bool(move) for move in scene.moves) for scene in two)
+    assert set(kinds) == {(True, False), (False, True), (True, True)} and min(kinds.values()) > 900
+    for way in DIRECTIONS:
+        assert 0.2 < sum(scene.moves[1] == way for scene in two) / sum(bool(scene.moves[1]) for scene in two) < 0.3
+    assert 0.45 < sum(scene.blinks == (0, 1) for scene in two) / len(two) < 0.55
+    assert all(len(set(scene.moves)) == 2 for scene in two), "both never move alike"
 
 
 def test_questions_hold_only_the_media_they_need(folder):

@@ -49,6 +49,40 @@ def test_next_token_by_sample():
     torch.testing.assert_close(report.parts["image"], (each[:3].mean() + each[4]) / 2)
 
 
+def test_next_token_by_answer_and_by_root():
+    outputs = token_outputs()
+    batch = batch_of(4, modalities=MODALITIES)
+    # Sample 0 answers twice, with one token and with two; the others with one token, one of them not at all.
+    batch.is_supervised = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    batch.ids = torch.zeros_like(batch.is_supervised, dtype=torch.int64)
+    each = losses(outputs)
+    by_answer = NextToken(average="answer")
+    report = by_answer(outputs, batch)
+    torch.testing.assert_close(report.total, (each[0] + each[1:3].mean() + each[3] + each[4]) / 4)
+    assert report.count == by_answer.count(batch) == 4
+    by_root = NextToken(average="root")
+    report = by_root(outputs, batch)
+    torch.testing.assert_close(report.total, (each[0] + each[1:3].sum() / 2**0.5 + each[3] + each[4]) / (3 + 2**0.5))
+    assert report.count == by_root.count(batch) == pytest.approx(3 + 2**0.5)
+    assert [NextToken(average=average).count(batch) for average in ("token", "sample")] == [5, 3]
+
+
+@pytest.mark.parametrize("average", ["token", "sample", "answer", "root"])
+def test_next_token_averages_alike_packed_and_padded(average):
+    outputs = token_outputs()
+    padded = batch_of(4, modalities=MODALITIES)
+    padded.is_supervised = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    padded.ids = torch.zeros_like(padded.is_supervised, dtype=torch.int64)
+    packed = batch_of(4, modalities=MODALITIES)
+    packed.segment_lengths = (5, 2, 4, 2)
+    rows = [row[:length] for row, length in zip(padded.is_supervised, packed.segment_lengths, strict=True)]
+    packed.is_supervised = torch.cat(rows)[None]
+    packed.ids = torch.zeros_like(packed.is_supervised, dtype=torch.int64)
+    objective = NextToken(average=average)
+    assert objective.count(packed) == objective.count(padded)
+    torch.testing.assert_close(objective(outputs, packed).total, objective(outputs, padded).total)
+
+
 def test_next_token_weights():
     outputs = token_outputs()
     config = NextToken(weights={"image": 2.0, "text": 0.0})

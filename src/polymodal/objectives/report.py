@@ -30,7 +30,7 @@ class LossReport:
 
     total: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
-    count: int = 0
+    count: float = 0
 
 
 class TwinNeed(NamedTuple):
@@ -60,7 +60,7 @@ class ObjectiveConfig(Config):
         """The loss of one batch."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> int:
+    def count(self, batch: Batch) -> float:
         """How many things the loss of ``batch`` is the mean over, known before the forward pass: what it weighs by.
 
         A mean over several batches with these weights is the mean over all of them as one. Losses that compare samples

@@ -53,9 +53,13 @@ def facts(scene: Scene, medium: str) -> str:
         return scene.motion
     if medium == "image":
         return "; ".join(f"{place(t)} {t.size} {t.colour} {t.shape}" for t in _reading_order(scene)) + _relation(scene)
-    things = sorted(zip(scene.things, scene.moves, strict=True), key=lambda pair: pair[0].shape)
+    return _video_facts(scene, [f"{thing.colour} {thing.shape}" for thing in scene.things])
+
+
+def _video_facts(scene: Scene, called: list[str]) -> str:
+    things = sorted(zip(scene.things, called, scene.moves, strict=True), key=lambda each: each[0].shape)
     blinks = " ".join(scene.things[i].shape for i in scene.blinks)
-    return "; ".join(f"{t.colour} {t.shape} {move or 'stays'}" for t, move in things) + f"; {blinks}"
+    return "; ".join(f"{name} {move or 'stays'}" for _, name, move in things) + f"; {blinks}"
 
 
 def object_kind(scene: Scene, medium: str) -> str:
@@ -66,6 +70,20 @@ def object_kind(scene: Scene, medium: str) -> str:
     """
     shape = scene.things[0].shape
     return f"A {shape}." if medium == "image" else f"A {shape} moves {scene.moves[0]}."
+
+
+def pair_kinds(scene: Scene, words: random.Random) -> str:
+    """Which kinds of things a video shows, how each moves and which blinks first, without colours.
+
+    Colours alone tell the captions of a batch apart; with one thing a video's motion need not be tied to the thing that
+    moves. Here nothing else tells, which is what teaches an encoder who moves where (``docs/log.md``).
+    """
+    return _events(scene, [f"the {thing.shape}" for thing in scene.things], words)
+
+
+def pair_facts(scene: Scene) -> str:
+    """The facts of :func:`pair_kinds` in one canonical line."""
+    return _video_facts(scene, [thing.shape for thing in scene.things])
 
 
 def object_name(scene: Scene, medium: str) -> str:
@@ -130,25 +148,29 @@ def _audio(scene: Scene, words: random.Random) -> str:
 
 
 def _video(scene: Scene, words: random.Random) -> str:
-    told = [
-        f"the {t.colour} {t.shape} " + (f"moves {move}" if move else "stays")
-        for t, move in zip(scene.things, scene.moves, strict=True)
-    ]
+    return _events(scene, [f"the {thing.colour} {thing.shape}" for thing in scene.things], words)
+
+
+def _events(scene: Scene, called: list[str], words: random.Random) -> str:
+    """How things move, in any order, and which blinks first; ``called`` says what each is called."""
+    told = [name + (f" moves {move}" if move else " stays") for name, move in zip(called, scene.moves, strict=True)]
     words.shuffle(told)
     text = and_list(told)
+    return f"{text[0].upper()}{text[1:]}. {_blinking(scene, words)}"
+
+
+def _blinking(scene: Scene, words: random.Random) -> str:
     shapes = [scene.things[i].shape for i in scene.blinks]
     if len(shapes) == 1:
-        order = f"The {shapes[0]} blinks."
-    else:
-        one, two = shapes
-        order = words.choice(
-            (
-                f"The {one} blinks before the {two}.",
-                f"The {one} blinks first, then the {two}.",
-                f"First the {one} blinks, then the {two}.",
-            )
+        return f"The {shapes[0]} blinks."
+    one, two = shapes
+    return words.choice(
+        (
+            f"The {one} blinks before the {two}.",
+            f"The {one} blinks first, then the {two}.",
+            f"First the {one} blinks, then the {two}.",
         )
-    return f"{text[0].upper()}{text[1:]}. {order}"
+    )
 
 
 def _points(scene: Scene, words: random.Random) -> str:

@@ -21,19 +21,29 @@ from polymodal.core.config import unknown
 from polymodal.core.errors import DataError
 from polymodal.core.parts import Media, Part, Text, media_part
 from polymodal.core.samples import Message, Sample, sample_to_json
-from polymodal.data.scenes.captions import MEDIA, NAMING, REQUESTS, caption, facts, object_kind, object_name
+from polymodal.data.scenes.captions import (
+    MEDIA,
+    NAMING,
+    REQUESTS,
+    caption,
+    facts,
+    object_kind,
+    object_name,
+    pair_facts,
+    pair_kinds,
+)
 from polymodal.data.scenes.details import DETAIL_REQUESTS, details
-from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene
+from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene, paired
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
 from polymodal.data.scenes.questions import FAMILIES, Question, questions
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
-FILES = ("views", "objects", "hub", "names", "captions", "details", "questions", "dialogues", "text")
+FILES = ("views", "objects", "pairs", "hub", "names", "captions", "details", "questions", "dialogues", "text")
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
-VERSION = 4
+VERSION = 5
 """Raised whenever the same seed gives other files."""
 
 ALONE = ("image", "video")
@@ -69,11 +79,12 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and nine JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and ten JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
     - ``objects``: two lines per scene: one of its things alone, as a picture with its kind and as a video with its kind
       and direction; ``label`` is that text;
+    - ``pairs``: one video per scene of two things, with their kinds, how they move and which blinks first;
     - ``hub``: one line per scene: picture, sound, video and the picture's caption;
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
@@ -177,7 +188,7 @@ def _write_splits(
     """Write media and lines of every split; returns how often each answer stands, per split and family."""
     tasks = []
     for split, number in counts.items():
-        for folder in (*MEDIA, *(f"object_{medium}" for medium in ALONE)):
+        for folder in (*MEDIA, *(f"object_{medium}" for medium in ALONE), "pair_video"):
             (root / split / "media" / folder).mkdir(parents=True, exist_ok=True)
         for name in FILES:
             (root / split / f"{name}.jsonl").write_bytes(b"")
@@ -213,6 +224,8 @@ def _write_chunk(task: tuple[str, int, str, range, tuple[str, ...]]) -> tuple[Li
         for medium in ALONE:
             with open(os.path.join(folder, _path(scene, medium, "object_")), "wb") as file:
                 file.write(_RENDERERS[medium](alone(scene)))
+        with open(os.path.join(folder, _path(scene, "video", "pair_")), "wb") as file:
+            file.write(video_gif(paired(scene)))
         for name, sample in (
             *scene_samples(scene, families),
             *text_samples(make_scene(seed, f"{split}-text", index), families),
@@ -248,6 +261,12 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "objects", Sample(f"{name}-{medium}-object", views=views, label=kind, meta=meta)
         called = object_name(single, medium)
         yield "names", _turn(f"{name}-{medium}-name", [shown], words.choice(NAMING), called, meta)
+    two = paired(scene)
+    views = {
+        "video": media_part("video", Path(_path(scene, "video", "pair_"))),
+        "text": Text(pair_kinds(two, scene.words(4))),
+    }
+    yield "pairs", Sample(f"{name}-pair", views=views, label=pair_facts(two), meta={"scene": scene.index})
     views = {**{medium: part[medium] for medium in ("image", "audio", "video")}, "text": Text(told["image"])}
     yield "hub", Sample(f"{name}-hub", views=views, meta={"scene": scene.index})
     # Words of their own: what is told here changes nothing in the other files.

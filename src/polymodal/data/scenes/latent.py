@@ -206,6 +206,27 @@ def alone(scene: Scene) -> Scene:
     )
 
 
+def paired(scene: Scene) -> Scene:
+    """A video of the scene's first thing and one other: one of the two moves, or both do, each its own way; both blink.
+
+    Who does what is drawn anew, and the places with it, so that neither shape nor order of naming tells.
+    """
+    rng = scene.words(3)
+    first = scene.things[0]
+    shape = rng.choice([shape for shape in SHAPES if shape != first.shape])
+    colour = rng.choice([colour for colour in COLOURS if (colour, shape) not in HELD_OUT])
+    kinds = [(first.shape, rng.choice(SIZES)), (shape, rng.choice(SIZES))]
+    one, other = rng.sample(DIRECTIONS, 2)
+    moves = rng.choice(((one, ""), ("", one), (one, other)))
+    starts = place_video(rng, kinds, moves)
+    things = tuple(
+        Thing(shape, colour, size, start, start, rng.uniform(-12, 12))
+        for (shape, size), colour, start in zip(kinds, (first.colour, colour), starts, strict=True)
+    )
+    blinks = rng.choice(((0, 1), (1, 0)))
+    return replace(scene, things=things, moves=moves, blinks=blinks, relation=None, compared=None)
+
+
 def _count_plan(
     rng: random.Random, colour: str, pick: Callable[[str, int], int], is_novel: bool
 ) -> tuple[int, str | None, set[int]]:

@@ -48,10 +48,10 @@ def make_data(folder: Path) -> Path:
     return folder
 
 
-def make_run(folder: Path, data: Path) -> Path:
+def make_run(folder: Path, data: Path, overrides: tuple[str, ...] = ()) -> Path:
     """A finished run folder of the tiny recipe, with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    recipe = load_recipe(scenes_recipe(data))
+    recipe = load_recipe(scenes_recipe(data), overrides)
     parts = assemble(recipe)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     parts.tokenizer.save(folder / "tokenizer.json")

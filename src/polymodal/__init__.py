@@ -1,4 +1,4 @@
-"""Polymodal: compose, align, measure, search with and serve multimodal large models.
+"""Polymodal: compose, train, measure and ask multimodal models.
 
 ``import polymodal as pm`` imports nothing else and has no effects; a public name is loaded when it is first used.
 """

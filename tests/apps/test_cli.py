@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import time
+from inspect import signature
 
 import pytest
 from typer.main import get_command
@@ -64,22 +65,32 @@ def test_every_command_has_help(words, monkeypatch, capsys):
 
 
 def test_every_command_has_its_function(monkeypatch):
-    """What a command names must be there; found by calling each with nothing behind it."""
+    """What a command names must be there and take what it is given; found by calling each with nothing behind it."""
     named: list[str] = []
-    monkeypatch.setattr(cli, "_command", lambda name: named.append(name) or (lambda *args, **options: None))
+    given: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    monkeypatch.setattr(
+        cli, "_command", lambda name: named.append(name) or (lambda *args, **options: given.append((args, options)))
+    )
     examples = {
         ("quickstart",): [], ("ask",): ["run", "Why?"], ("chat",): ["run"], ("embed",): ["run", "a"],
         ("check",): ["quickstart"], ("train",): ["quickstart"], ("evaluate",): ["run", "a.jsonl"],
         ("data", "make"): ["scenes", "out"], ("data", "import"): ["csv", "a", "b"], ("data", "inspect"): ["a"],
+        ("data", "capfilt"): ["a", "b", "--filter", "run", "--top-p", "0.9"], ("export",): ["run", "--out", "a"],
         ("presets", "list"): [], ("presets", "show"): ["quickstart"],
     }  # fmt: skip
-    assert set(examples) <= set(commands())
+    assert set(examples) == set(commands())
     for words, arguments in examples.items():
         cli.app([*words, *arguments], standalone_mode=False)
     assert len(named) == len(examples)
-    for name in named:
+    for name, (args, options) in zip(named, given, strict=True):
         module, _, function = name.partition(":")
-        assert callable(getattr(importlib.import_module(f"polymodal.apps.{module}"), function)), name
+        signature(getattr(importlib.import_module(f"polymodal.apps.{module}"), function)).bind(*args, **options)
+
+
+def test_the_layout_of_an_adapter_cannot_be_chosen(monkeypatch, capsys):
+    options = ("--out", "a", "--format", "adapter", "--architecture", "llama")
+    status, _, err = run(monkeypatch, capsys, "export", "run", *options)
+    assert status == 2 and "--architecture" in err and "has no layouts" in err
 
 
 def test_an_error_that_the_user_can_mend_is_one_line(monkeypatch, capsys, tmp_path):

@@ -12,6 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from polymodal.apps.cli import app
+from polymodal.apps.runs import _print_report
+from polymodal.evaluation.scores import Report, Row, Score
 from polymodal.recipes.loading import preset_names, preset_text
 
 
@@ -81,6 +83,12 @@ def test_train_says_what_trains_before_it_starts_and_what_it_took(place: Path, t
     assert result.exit_code == 0, result.output
     assert "parameters train, " in result.output and "are frozen; predicted" in result.output
     assert "tune: took" in result.output and "ask it: polymodal ask" in result.output
+
+
+def test_what_a_model_could_not_answer_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row("overall", Score(0.0, 0.0, 0.0, 1))
+    _print_report(Report("val", "questions", "", row, (row,), ("7: a[1].png: no tensor [/bold] of [U, D]",)))
+    assert "could not be answered: 7: a[1].png: no tensor [/bold] of [U, D]" in capsys.readouterr().out
 
 
 def test_presets_are_listed_and_shown() -> None:

@@ -145,6 +145,13 @@ def test_a_conversation_that_is_too_long_says_what_to_do(model, capsys):
     assert len(chat.history) == 2
 
 
+def test_a_conversation_keeps_its_budget_of_media_tokens(model, media):
+    chat = talk.Conversation(model, talk.Sampling.parse(SHORT), tokens=1)
+    chat.pending += [Image(media["image"]), Image(media["image"])]
+    with pytest.raises(ConfigError, match="media"):
+        chat.take("What are they?")
+
+
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(capsys):
     def pieces():
         yield "so "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from pydantic import model_validator
 
 from polymodal.core.config import Config, Table, apply_overrides, load_yaml, unknown
 from polymodal.core.errors import ConfigError
@@ -18,6 +19,19 @@ class Red(Config):
 
 class Blue(Config):
     use: Literal["blue"] = "blue"
+
+
+class Checked(Config):
+    """Two fields that must agree."""
+
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _agree(self) -> Checked:
+        if self.low > self.high:
+            raise ValueError(f"found low: {self.low}, expected at most {self.high}")
+        return self
 
 
 COLOURS: Table[Config] = Table("colour", [Red, Blue])
@@ -37,6 +51,12 @@ def message(make: Any) -> str:
     with pytest.raises(ConfigError) as error:
         make()
     return str(error.value)
+
+
+def test_what_was_found_is_said_once() -> None:
+    assert message(lambda: Checked.parse({"low": 3}, "range")) == "range: found low: 3, expected at most 1"
+    assert message(lambda: Checked.parse({"low": "x"}, "range")).endswith("; found 'x'")
+    assert message(lambda: Outer.parse({"names": [{"a": 1}]})).endswith("; found {'a': 1}")
 
 
 def test_a_table_takes_a_name_a_mapping_or_a_config() -> None:

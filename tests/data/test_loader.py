@@ -26,6 +26,9 @@ class Lengths:
         number = int(hashlib.sha256(sample.id.encode()).hexdigest()[:6], 16)
         return Plan(sample.id, [number] * sample.meta["length"], [], [], {}, meta=dict(sample.meta))
 
+    def reserve(self, plans):
+        self.reserved = [plan.id for plan in plans]
+
     def load(self, plan, has_features=None):
         time.sleep(random.random() * self.jitter_s)
         if plan.meta.get("bad") == "load":
@@ -328,3 +331,37 @@ def test_a_spec_survives_its_data():
         assert BatchSpec.parse(spec.to_data()) == spec
     assert BatchSpec.parse({"tokens": 9}).packed
     assert not PADDED.packed
+
+
+def test_the_first_fault_of_a_batch_is_raised_whatever_the_timing():
+    class Late(Lengths):
+        def load(self, plan, has_features=None):
+            time.sleep(0.02 if plan.id == "a0" else 0)
+            raise KeyError(plan.id)
+
+    with pytest.raises(KeyError, match="a0"):
+        next(Loader([source("a", 4)], None, Late(), PADDED, threads=3, once=True))
+
+
+def test_every_batch_is_announced_before_it_is_loaded():
+    processor = Lengths()
+    with Loader([source("a", 3)], None, processor, PADDED, once=True) as reader:
+        batches = list(reader)
+    assert [batch.sample_ids for batch in batches] == [processor.reserved] == [["a0", "a1", "a2"]]
+
+
+def test_kinds_are_one_batch_per_source_and_move_nothing():
+    spec = BatchSpec(samples=4, one_source=True)
+    reader = loader(spec)
+    state = reader.state()
+    kinds = list(reader.kinds())
+    assert [round(share, 3) for share, _ in kinds] == [0.7, 0.3]
+    assert [{name[0] for name in batch.sample_ids} for _, batch in kinds] == [{"a"}, {"b"}]
+    assert reader.state() == state and first(reader, 3) == first(loader(spec), 3)
+    assert reader.quarantine.num_tried > 0 and list(loader(PADDED).kinds()) == []
+
+
+def test_a_source_of_bad_samples_alone_has_no_kind():
+    data = [source("a", 8), source("b", 4, dict.fromkeys(range(4), "plan"))]
+    kinds = list(loader(BatchSpec(samples=4, one_source=True), data=data).kinds())
+    assert [batch.sample_ids[0][0] for _, batch in kinds] == ["a"]

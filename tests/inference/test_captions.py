@@ -15,6 +15,8 @@ from polymodal.core.samples import Sample
 from polymodal.inference.captions import write_captions
 from polymodal.inference.engine import Engine
 from polymodal.inference.sampling import Sampling
+from polymodal.models.compose.joint import JointRun
+from polymodal.models.compose.writing import WritingRun
 
 GREEDY = Sampling(max_new_tokens=12)
 CAPTION = TokenPass("caption", "words")
@@ -95,3 +97,46 @@ def test_models_that_cannot_write_say_what_they_lack() -> None:
     _, engine = make()
     with pytest.raises(SampleError, match="this model takes"):
         write_captions(engine, [medium("audio", 0)], GREEDY)
+
+
+@pytest.mark.parametrize("cls", [True, False])
+@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("order", [("text", "image"), ("image", "text")])
+def test_what_is_kept_changes_no_caption(
+    order: tuple[str, str], watched: bool, cls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = joint_data(cls=cls, **({} if watched else {"order": list(order)}))
+    data["streams"]["text"]["reader"] = {"use": "text", "max_tokens": 20, "add_special": True}
+    data["streams"]["image"]["enters"] = "cross_attention" if watched else "sequence"
+    toy = build(data, seed=3)
+    for parameter in toy.network.backbone.parameters():
+        if parameter.dim() == 2:
+            parameter.data.mul_(4)
+    engine = Engine(toy.network, toy.processor)
+    media = [*pictures(4), None]
+    lengths: list[int] = []
+    hook = toy.network.backbone.transformer.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: lengths.append(inputs[0].shape[1])
+    )
+    kept = write_captions(engine, media, GREEDY)
+    steps, lengths[:] = list(lengths), []
+    monkeypatch.setattr(type(toy.network.backbone), "can_write", False)
+    assert write_captions(engine, media, GREEDY) == kept
+    hook.remove()
+    # One token a step after the first, instead of all.
+    assert len(steps) == len(lengths) and sum(length > 1 for length in steps) <= 2 < sum(
+        length > 1 for length in lengths
+    )
+    assert sum(steps) < sum(lengths) / 2
+
+
+def test_pictures_of_several_sizes_are_captioned_without_keeping() -> None:
+    data = joint_data(cls=False)
+    data["streams"]["text"]["reader"] = {"use": "text", "max_tokens": 20, "add_special": True}
+    toy = build(data, seed=3)
+    batch = toy.batch([Sample(str(i), views={"image": picture}) for i, picture in enumerate(pictures(2))])
+    run = JointRun(toy.network, batch, {"image": toy.network.encode("image", batch.streams["image"])})
+    tokens, is_valid = run.lay_out(run.features)
+    assert WritingRun(run, toy.network.head("masked_token"), tokens, is_valid, (2, 20)).cache is not None
+    is_valid["image"][0, -1] = False
+    assert WritingRun(run, toy.network.head("masked_token"), tokens, is_valid, (2, 20)).cache is None

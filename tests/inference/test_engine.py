@@ -15,7 +15,7 @@ from polymodal.core.errors import ConfigError, SampleError
 from polymodal.core.parts import Image, Media, Text
 from polymodal.core.samples import Message, Sample, conversation
 from polymodal.inference.engine import Engine, Generation
-from polymodal.inference.prefix import PrefixCache, identity, usable_start
+from polymodal.inference.prefix import PrefixCache, identity, same_media, usable_start
 from polymodal.inference.sampling import Sampling
 from polymodal.models.compose import to_device
 from polymodal.models.layers.cache import KVCache
@@ -327,3 +327,51 @@ def test_the_tree_finds_what_a_search_of_all_entries_finds() -> None:
     for place in places:
         places += place.followed.values()
     assert len(places) - 1 == len({own[: end + 1] for own in held for end in range(len(own))}), "nothing is left behind"
+
+
+@pytest.mark.parametrize("positions", ["rope", "learned"])
+def test_prompts_about_the_same_media_read_them_once_in_a_batch(positions: str) -> None:
+    toy, engine = make(positions=positions)
+    several = [
+        question(0, "image", text="What is on the left of the large star?"),
+        question(2, "image", "audio", text="Which?"),
+        question(0, "image", text="Is it red?"),
+        question(2, "image", "audio", text="Describe both, and say how they move."),
+        question(0, "image", text="?"),
+        question(1, "image", text="?"),
+    ]
+    alone = [engine.generate([sample], GREEDY)[0] for sample in several]
+    counts = count_encodings(toy)
+    read: list[int] = []
+    toy.network.decoder.transformer.blocks[0].register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0].shape[0] * inputs[0].shape[1])
+    )
+    together = engine.generate(several, GREEDY)
+    assert [each.ids for each in together] == [each.ids for each in alone]
+    assert [each.num_prompt_tokens for each in together] == [each.num_prompt_tokens for each in alone]
+    assert counts == {"image": 3, "audio": 1}
+    reused = [each.num_reused_tokens for each in together]
+    assert sorted(place for place, num in enumerate(reused) if num) != [] and sum(map(bool, reused)) == 3
+    # Three beginnings and six ends instead of six whole prompts.
+    assert sum(read[:2]) < 6 * max(each.num_prompt_tokens for each in together)
+
+
+def test_prompts_with_and_without_media_stand_in_one_batch() -> None:
+    _, engine = make()
+    several = [*questions(), question(0, "image", text="Another one?"), question(9, text="None at all?")]
+    expected = [engine.generate([sample], GREEDY)[0].ids for sample in several]
+    assert [each.ids for each in engine.generate(several, GREEDY)] == expected
+
+
+def test_who_begins_alike() -> None:
+    _, engine = make()
+    plans = [
+        engine.processor.plan(sample, prompt=True)
+        for sample in (
+            question(0, "image", text="a"),
+            question(0, text="a"),
+            question(0, "image", text="b"),
+            question(1, "image", text="a"),
+        )
+    ]
+    assert same_media(plans) == [0, 1, 0, 3]

@@ -100,6 +100,13 @@ def test_what_cannot_be_hidden_is_refused() -> None:
         fill(engine, [Sample("x", views={"image": medium("image", 0)})], [(0, 1)])
 
 
+def test_every_sample_has_its_span() -> None:
+    engine = engine_of(build(joint_data()))
+    with pytest.raises(ConfigError, match="found 1 spans for 2 samples, expected one for each"):
+        fill(engine, [sample(0), sample(1)], [span("blue")])
+    assert fill(engine, [], []) == []
+
+
 def test_places_count_what_stands_in_front_and_end_where_the_reader_cuts() -> None:
     toy = build(joint_data())
     reader = TextReader(TextReaderConfig(max_tokens=10), Limits(), toy.tokenizer)

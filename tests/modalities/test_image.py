@@ -307,3 +307,51 @@ def test_photographs(resolution: str) -> None:
     for path in PHOTOS[:8]:
         for unit in read(path, size_px=64, resolution=resolution, resize="pad"):
             assert unit.shape == (3, 64, 64) and np.abs(unit).max() <= 1.0001
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"resize": "pad", "fill": "black"}, {"resize": "crop"}, {"resize": "pad_square"}, {"resolution": "tiles"}],
+)
+def test_reading_into_rows_gives_the_same_units(config: dict) -> None:
+    reader = ImageReader(ImageReaderConfig.parse({"size_px": 16, **config}), LIMITS)
+    part = Image(picture(24, 40))
+    units = reader.read(part).units
+    rows = np.full((len(units), 3, 16, 16), np.nan, np.float32)
+    into = reader.read_into(part, rows).units
+    np.testing.assert_array_equal(into, units)
+    assert len(units) > 1 or into[0].base is rows
+
+
+def test_a_header_is_read_again_once_the_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+
+    def write(width: int, changed_ns: int) -> None:
+        path.write_bytes(encoded_image("JPEG", picture(8, width)))
+        os.utime(path, ns=(changed_ns, changed_ns))
+
+    write(16, 10**18)
+    assert [probe_image(Image(path), LIMITS).width_px for _ in range(2)] == [16, 16]
+    write(24, 10**18 + 1)
+    assert probe_image(Image(path), LIMITS).width_px == 24
+    assert decode_image(Image(path), LIMITS).shape == (8, 24, 3)
+    with pytest.raises(LimitError, match="24 x 8 = 192 pixels"):
+        probe_image(Image(path), Limits(image_pixels=100))
+    path.unlink()
+    with pytest.raises(CorruptMediaError, match=r"a\.jpg.*cannot be read"):
+        probe_image(Image(path), LIMITS)
+
+
+def test_a_file_that_lost_its_end_behind_its_header_is_still_found(tmp_path: Path) -> None:
+    """Known headers spare no check of the content: the same size and time, other bytes."""
+    path, data = tmp_path / "a.jpg", encoded_image("JPEG", picture(64, 64))
+    path.write_bytes(data)
+    os.utime(path, ns=(10**18, 10**18))
+    assert decode_image(Image(path), LIMITS).shape == (64, 64, 3)
+    other = encoded_image("JPEG", picture(32, 32))
+    for damaged in (data[: len(data) // 2] + bytes(len(data) - len(data) // 2), other + bytes(len(data) - len(other))):
+        with path.open("r+b") as file:
+            file.write(damaged)
+        os.utime(path, ns=(10**18, 10**18))
+        with pytest.raises(CorruptMediaError, match=r"decoding the JPEG failed|the header states 64 x 64"):
+            decode_image(Image(path), LIMITS)

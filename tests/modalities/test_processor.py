@@ -276,3 +276,19 @@ def test_units_alone_make_a_batch_that_belongs_to_no_sequence(toy: Toy) -> None:
     reader = toy.processor.streams["sensor"].reader
     batch = collate_units([reader.read(medium("sensor", i, 1 + i)) for i in range(2)], reader)
     assert batch.values.shape == (2, 18, 2) and batch.unit_counts == [1, 1] and batch.token_counts == []
+
+
+def test_fixed_shapes_are_read_into_their_batch_with_the_same_values(toy: Toy) -> None:
+    samples = [conversation(medium("image", i), medium("image", i + 1), "?", answer="x", id=f"s{i}") for i in range(3)]
+    expected = toy.batch(samples).streams["image"].values
+    plans = [toy.processor.plan(sample) for sample in samples]
+    toy.processor.reserve(plans)
+    reserved = plans[0].rows["image"].base
+    examples = [toy.processor.load(plan) for plan in plans]
+    batch = toy.processor.collate(examples, packed=False)
+    assert batch.streams["image"].values is reserved, "nothing was copied"
+    np.testing.assert_array_equal(reserved, expected)
+    without = toy.processor.collate([examples[0], examples[2]], packed=False).streams["image"].values
+    np.testing.assert_array_equal(without, expected[[0, 1, 4, 5]], err_msg="a damaged sample leaves no gap")
+    turned = toy.processor.collate(examples[::-1], packed=False).streams["image"].values
+    np.testing.assert_array_equal(turned, expected[[4, 5, 2, 3, 0, 1]], err_msg="rows are taken only in their order")

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import published_parts
 import pytest
 import torch
 import transformers
+from models.presets.reference import assert_close
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
+from polymodal.core.samples import conversation
+from polymodal.models.weights.assign import without_memory
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import dump_recipe, load_recipe
 
@@ -175,3 +179,68 @@ def test_a_published_model_learns_to_hear_and_sees_and_speaks_as_before(
     heard = [pm.Audio(data / "0.wav"), "What is it?"]
     assert new.logits(heard).shape[0] > old.logits(heard[1:]).shape[0]
     assert pm.load(tmp_path / "run").chat(picture, *heard, max_new_tokens=4).finish in ("stop", "length")
+
+
+def joined(folders: dict[str, Path], tokenizer: dict[str, Any]) -> pm.Model:
+    image = {
+        "modality": "image",
+        "encoder": {"from": str(folders["clip"]), "layer": -2},
+        "connector": "mlp",
+        "enters": "sequence",
+    }
+    model = {"streams": {"image": image}, "backbone": {"from": str(folders["llama"])}, "tokenizer": tokenizer}
+    return pm.Model(assemble(recipe_of(model)))
+
+
+def test_a_joined_model_of_a_cut_tower_answers_the_same_in_the_reference(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The layout stores the whole tower; the reference reads the states before its last block, as we do."""
+    model = joined(folders, {"media": "<pad>"})
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8))
+    asked = conversation(pm.Image(picture), "What?")
+    plan = model.engine.processor.plan(asked, prompt=True)
+    assert model.export(tmp_path / "out") == "llava"
+    reference, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    tower, whole = reference.model.vision_tower, transformers.CLIPModel.from_pretrained(folders["clip"]).vision_model
+    assert reference.config.vision_feature_layer == -2
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tower.state_dict()[name], tensor), name
+    pixels = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out")([picture], return_tensors="pt")
+    ids = torch.tensor([plan.ids])
+    with torch.inference_mode():
+        theirs = reference(input_ids=ids, pixel_values=pixels.pixel_values).logits
+        # The last block changes nothing: it stands behind what is read.
+        for parameter in tower.encoder.layers[-1].parameters():
+            parameter.zero_()
+        again = reference(input_ids=ids, pixel_values=pixels.pixel_values).logits
+    ours = model.logits([pm.Image(picture), "What?"])
+    assert_close(ours, theirs[0])
+    assert torch.equal(again, theirs)
+    assert np.array_equal(pm.load(tmp_path / "out").logits([pm.Image(picture), "What?"]), ours)
+
+
+def test_a_layout_whose_pictures_have_no_token_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"llava: the tokenizer has no control token '<image>' .*media: <unk>"):
+        joined(folders, {}).export(tmp_path / "out", "llava")
+
+
+def test_parts_from_checkpoints_are_built_without_drawing_weights(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Size] = []
+    draw = torch.nn.init.trunc_normal_
+
+    def count(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            drawn.append(tensor.shape)
+        return draw(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", count)
+    model = assemble(recipe_of(seeing({"from": str(folders["vit"])}))).network
+    assert not without_memory(model)
+    encoder = {tuple(x.shape) for x in model.streams["image"].encoder.parameters() if x.ndim == 2}
+    assert drawn and not {tuple(shape) for shape in drawn} & (encoder - {(32, 32)})

@@ -325,6 +325,13 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     assert loaded["head"] is loaded["embed"]
 
 
+def test_equal_tensors_are_equal_files(tmp_path):
+    weight = torch.randn(5, 4)
+    for place in range(12):
+        write_tensors(tmp_path / str(place), {"embed": weight, "head": weight, "other": weight + 1})
+    assert len({(tmp_path / str(place)).read_bytes() for place in range(12)}) == 1
+
+
 def test_files_that_are_no_weights(tmp_path):
     (tmp_path / "w").write_bytes(b"hello")
     for name in ("w", "nothing"):

@@ -277,3 +277,23 @@ def test_activation_bytes_are_what_the_backward_pass_keeps(root: Path, tmp_path:
     run = stage_run(parts, tmp_path, [small])
     ratio = run.predict(large).activation_bytes / run.predict(small).activation_bytes
     assert 1.5 < ratio < 2.5
+
+
+def test_the_prediction_sees_every_source_where_batches_are_of_one(root: Path, tmp_path: Path) -> None:
+    """Whichever source the first batch is of, the costliest one decides the memory."""
+    for name in ("image", "sensor"):
+        lines = small_recipes.read_lines(root / "views.jsonl")
+        for line in lines:
+            line["views"] = {key: line["views"][key] for key in (name, "text")}
+        small_recipes.write_lines(root / f"{name}-views.jsonl", lines)
+
+    def kept(*names: str, **batch: Any) -> list[int]:
+        data = [f"{name}-views.jsonl" for name in names]
+        parts = assembled(root, small_recipes.contrast_stage(data=data, batch={"samples": 6, **batch}))
+        run = stage_run(parts, tmp_path)
+        loader = iter(run.context.loader)
+        return [run.predict(next(loader)).activation_bytes for _ in range(3)]
+
+    apart = {name: kept(name)[0] for name in ("image", "sensor")}
+    assert apart["image"] != apart["sensor"]
+    assert kept("image", "sensor", one_source=True) == [max(apart.values())] * 3

@@ -16,19 +16,29 @@ from polymodal.core.errors import MissingExtraError, PolymodalError
 
 app = typer.Typer(
     name="polymodal",
-    help="Compose, align, measure, search with and serve multimodal models.",
+    help="Compose, train, measure and ask multimodal models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 data_app = typer.Typer(help="Make, import and inspect data.", no_args_is_help=True, rich_markup_mode=None)
-presets_app = typer.Typer(help="The recipes that ship with the package.", no_args_is_help=True, rich_markup_mode=None)
+presets_app = typer.Typer(
+    help="Recipes that ship with the package, and published models.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(data_app, name="data")
 app.add_typer(presets_app, name="presets")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the recipe's choice if not given.")]
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint folder, or a hub id.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")]
+Seed = Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")]
+MediaTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="The most tokens of all files: they get fewer tiles and frames, or less detail."),
+]
 
 
 def _command(name: str) -> Any:
@@ -51,7 +61,7 @@ def _main(
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Compose, align, measure, search with and serve multimodal models."""
+    """Compose, train, measure and ask multimodal models."""
 
 
 @app.command()
@@ -59,7 +69,7 @@ def quickstart(
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes to the recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all it makes; runs/PRESET if not given.")] = None,
     preset: Annotated[
-        str, typer.Option(help="quickstart (minutes), or scenes-full (longer and better).")
+        str, typer.Option(help="quickstart (minutes), scenes-full (longer and better), or a YAML file.")
     ] = "quickstart",
     scenes: Annotated[
         str | None, typer.Option(help="TRAIN,VAL,NOVEL scenes to make; the preset's if not given.")
@@ -75,14 +85,12 @@ def quickstart(
 
 @app.command()
 def ask(
-    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    model: ModelPath,
     inputs: Annotated[list[str], typer.Argument(help='Files, then the question: photo.png "What is it?"')],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="The most tokens of all files: tiles and frames become fewer.")
-    ] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    tokens: MediaTokens = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -93,24 +101,30 @@ def ask(
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A run folder.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    model: ModelPath,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    tokens: MediaTokens = None,
     device: Device = None,
 ) -> None:
-    """Talk to a model; /image PATH, /audio PATH ... add media to the next message, /help lists the commands."""
-    _command("talk:chat")(model, {"max_new_tokens": max_new_tokens, "temperature": temperature}, device)
+    """Talk to a model; /image PATH, /audio PATH and others add files to the next message, /help lists the commands."""
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    _command("talk:chat")(model, options, device, tokens)
 
 
 @app.command()
 def embed(
-    model: Annotated[Path, typer.Argument(help="A run folder whose model has a shared space.")],
-    inputs: Annotated[list[str], typer.Argument(help="Files; text:... for a text.")],
-    out: Annotated[Path | None, typer.Option(help="Write float32 [N, D] to this .npy file.")] = None,
+    model: ModelPath,
+    inputs: Annotated[list[str], typer.Argument(help="Files and texts; text:... where a text looks like a file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write float32 [N, D] to this .npy file ([N, M, D] if each has several vectors)."),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Embed files and texts into the model's shared space."""
+    """Embed files and texts into the model's shared space, and show how alike they are."""
     _command("talk:embed")(model, inputs, out, device, as_json=json)
 
 
@@ -137,13 +151,15 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run folder.")],
+    model: ModelPath,
     tasks: Annotated[
         list[str] | None,
         typer.Argument(help="JSON Lines files with questions, or task YAML files; the recipe's own if none are given."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for predictions and scores.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many samples per task.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the predictions, a JSON Lines file per task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many questions per kind, or queries per search.")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -153,8 +169,8 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
+    model: ModelPath,
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     format: Annotated[
         str, typer.Option(help="hub: a checkpoint folder as model hubs lay it out. adapter: what its adapters learned.")
     ] = "hub",
@@ -167,6 +183,10 @@ def export(
     if format not in ("hub", "adapter"):
         raise typer.BadParameter(f"found {format!r}, expected hub or adapter", param_hint="--format")
     if format == "adapter":
+        if architecture is not None:
+            raise typer.BadParameter(
+                "found it beside --format adapter, which has no layouts", param_hint="--architecture"
+            )
         _command("models:export_adapters")(model, out, as_json=json)
         return
     _command("models:export")(model, out, architecture, as_json=json)
@@ -230,7 +250,8 @@ def data_capfilt(
 ) -> None:
     """Caption media with one model and drop, with another, texts that do not fit (CapFilt)."""
     options = {"request": request, "false_accept": false_accept, "threshold": threshold}
-    _command("corpora:capfilt")(data, out, captioner, judge, options, nucleus=(top_p, seed), as_json=json)
+    nucleus = None if top_p is None else (top_p, seed)
+    _command("corpora:capfilt")(data, out, captioner, judge, options, nucleus=nucleus, as_json=json)
 
 
 @presets_app.command("list")
@@ -240,8 +261,8 @@ def presets_list(json: Json = False) -> None:
 
 
 @presets_app.command("show")
-def presets_show(name: Annotated[str, typer.Argument(help="A preset's name.")]) -> None:
-    """Print a preset as YAML, ready to edit."""
+def presets_show(name: Annotated[str, typer.Argument(help="A preset's or a published model's name.")]) -> None:
+    """Print a preset or a published model as YAML, ready to edit."""
     _command("models:show_preset")(name)
 
 

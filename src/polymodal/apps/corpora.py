@@ -88,18 +88,18 @@ def capfilt(
     judge: Path,
     options: dict[str, Any],
     *,
-    nucleus: tuple[float | None, int],
+    nucleus: tuple[float, int] | None,
     as_json: bool,
 ) -> None:
-    """Caption and filter pairs; ``nucleus`` is its probability, None for greedy captions, and the seed of the draw."""
+    """Caption and filter pairs; ``nucleus`` is its probability and the seed of the draw, None for greedy captions."""
     from polymodal.inference.sampling import Sampling
     from polymodal.recipes.capfilt import capfilt as run
     from polymodal.recipes.model import load
 
     filtering = load(judge)
     writing = None if captioner is None else filtering if captioner == judge else load(captioner)
-    top_p, seed = nucleus
-    if top_p is not None:
+    if nucleus is not None:
+        top_p, seed = nucleus
         options["sampling"] = Sampling.parse({"max_new_tokens": 96, "temperature": 1.0, "top_p": top_p, "seed": seed})
     with Bar(is_silent=as_json) as bar:
         report = run(data, out, writing, filtering, progress=lambda done, total: bar("judging", done, total), **options)

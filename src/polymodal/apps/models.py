@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from polymodal.apps.output import console, emit_json, emit_table
+from polymodal.apps.output import emit_json, emit_table, say
 from polymodal.models.presets import ARCHITECTURES
 from polymodal.recipes.loading import load_recipe, preset_names, preset_text
 from polymodal.recipes.model import load
@@ -61,7 +61,7 @@ def export(model: Path, out: Path, architecture: str | None, *, as_json: bool) -
     if as_json:
         emit_json({"out": str(out), "architecture": name})
         return
-    console().print(f"{out}: written as {name}; transformers' from_pretrained reads it", soft_wrap=True)
+    say(f"{out}: written as {name}; transformers' from_pretrained reads it")
 
 
 def export_adapters(run: Path, out: Path, *, as_json: bool) -> None:
@@ -71,4 +71,4 @@ def export_adapters(run: Path, out: Path, *, as_json: bool) -> None:
         emit_json({"out": [str(path) for path in written]})
         return
     for path in written:
-        console().print(f"{path}: written; peft reads it, and so does load_adapter", soft_wrap=True)
+        say(f"{path}: written; peft reads it, and so does load_adapter")

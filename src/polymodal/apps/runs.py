@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from polymodal.apps.output import console, emit_json, emit_table
+from polymodal.apps.output import console, emit_json, emit_table, say
 from polymodal.evaluation.scores import Report, Row
 from polymodal.recipes.check import CheckReport, Proof, check_recipe
 from polymodal.recipes.evaluation import evaluate as measure
@@ -31,7 +31,7 @@ def check(recipe: str, overrides: list[str], *, as_json: bool) -> None:
         emit_json(report.to_data())
     else:
         report = check_recipe(loaded, _print_proof)
-        console().print(_verdict(report))
+        say(_verdict(report))
     if not report.is_ok:
         sys.exit(1)
 
@@ -69,7 +69,7 @@ def train(recipe: str, overrides: list[str], out: Path | None, *, as_json: bool)
         for name, stage in result.stages.items()
     ]
     emit_table("stages trained now", ("stage", "steps", "samples", "seconds", "last losses"), rows)
-    console().print(f"{folder}: finished in {seconds:.1f} s; ask it: polymodal ask {folder} FILE... QUESTION")
+    say(f"{folder}: finished in {seconds:.1f} s; ask it: polymodal ask {folder} FILE... QUESTION")
 
 
 def _last_losses(losses: dict[str, float]) -> str:
@@ -118,7 +118,7 @@ def evaluate(
     if as_json:
         emit_json({"model": model, "tasks": [report.to_data() for report in reports]})
     elif out is not None:
-        console().print(f"predictions are in {out}; they can be scored again without the model")
+        say(f"predictions are in {out}; they can be scored again without the model")
 
 
 def _print_report(report: Report) -> None:
@@ -128,9 +128,9 @@ def _print_report(report: Report) -> None:
     columns = (report.use, "n", "score", "95 % interval", *controls, *further)
     emit_table(report.task, columns, [_cells(row, controls, further) for row in rows])
     for error in report.errors[:5]:
-        console().print(f"could not be answered: {error}")
+        say(f"could not be answered: {error}")
     if len(report.errors) > 5:
-        console().print(f"and {len(report.errors) - 5} more")
+        say(f"and {len(report.errors) - 5} more")
 
 
 def _cells(row: Row, controls: list[str], further: list[str]) -> list[str]:

@@ -93,7 +93,7 @@ _HELP = """/image PATH, /audio PATH, /video PATH, /points PATH, /sensor PATH  ad
 _COMMANDS = tuple(f"/{name}" for name in (*MODALITIES[1:], "reset", "quit", "help"))
 
 
-def chat(model: Path, options: dict[str, Any], device: str | None) -> None:
+def chat(model: Path, options: dict[str, Any], device: str | None, tokens: int | None = None) -> None:
     """A conversation in the terminal; keeps its history until /reset."""
     sampling = Sampling.parse(options)
     loaded = load(model, device)
@@ -101,7 +101,7 @@ def chat(model: Path, options: dict[str, Any], device: str | None) -> None:
         # Gives input() its line editing and history.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
-    talk = Conversation(loaded, sampling)
+    talk = Conversation(loaded, sampling, tokens)
     say(f"{loaded.recipe.name}: takes {', '.join(talk.takes)}. /help lists the commands.")
     while True:
         try:
@@ -123,11 +123,13 @@ class Conversation:
     Args:
         model: who answers.
         sampling: how answers are drawn.
+        tokens: the most tokens of all media of the conversation; None: as the recipe says.
     """
 
-    def __init__(self, model: Model, sampling: Sampling) -> None:
+    def __init__(self, model: Model, sampling: Sampling, tokens: int | None = None) -> None:
         self._model = model
         self._sampling = sampling
+        self._tokens = tokens
         self.history: list[Message] = []
         self.pending: list[Part] = []
         streams = model.recipe.model.streams.values()
@@ -163,7 +165,8 @@ class Conversation:
         parts: tuple[Part, ...] = (*self.pending, Text(line)) if line else tuple(self.pending)
         self.pending.clear()
         try:
-            said = _print_pieces(self._model.stream(*parts, history=self.history, sampling=self._sampling))
+            pieces = self._model.stream(*parts, history=self.history, sampling=self._sampling, tokens=self._tokens)
+            said = _print_pieces(pieces)
         except SampleError as error:
             hint = "; /reset forgets the conversation so far" if self.history else ""
             raise ConfigError(f"{error.problem}{hint}") from None

@@ -103,6 +103,8 @@ class Plan:
     num_source: int = 0
     choices: list[str] = field(default_factory=list)
     """What was lessened to keep a budget of tokens, in words."""
+    rows: dict[str, Array] = field(default_factory=dict)
+    """Per stream of fixed unit shape, the rows of the batch's values that its units may be read into."""
 
     @property
     def num_tokens(self) -> int:

@@ -120,7 +120,9 @@ def _explain(error: ValidationError, cls: type[Config], where: str) -> str:
             lines.append(f"{place}: this key is required")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: {message}; found {problem['input']!r:.80}")
+            # Checks of whole configs say themselves what they found; all of the config would tell nobody.
+            is_told = problem["type"] == "value_error" and ("found" in message or isinstance(problem["input"], dict))
+            lines.append(f"{place}: {message}" if is_told else f"{place}: {message}; found {problem['input']!r:.80}")
     return "\n".join(lines)
 
 

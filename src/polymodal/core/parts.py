@@ -61,7 +61,10 @@ class Media(Part):
     @property
     def path(self) -> Path | None:
         """The file, where the source is one."""
-        return Path(self.source) if isinstance(self.source, str | os.PathLike) else None
+        source = self.source
+        if isinstance(source, Path):
+            return source
+        return Path(source) if isinstance(source, str | os.PathLike) else None
 
     def read_bytes(self, max_bytes: int) -> bytes:
         """The encoded bytes of a path or bytes source.
@@ -73,9 +76,9 @@ class Media(Part):
         """
         if isinstance(self.source, bytes | bytearray | memoryview):
             data = bytes(self.source)
-        elif self.path is not None:
-            check_file(self.path, self.name, max_bytes)
-            data = self.path.read_bytes()
+        elif (path := self.path) is not None:
+            check_file(path, self.name, max_bytes)
+            data = path.read_bytes()
         else:
             raise UnsupportedMediaError(
                 self.name, f"a {type(self.source).__name__} has no encoded bytes; expected a path or bytes"
@@ -110,15 +113,30 @@ class Media(Part):
 
 def _file_digest(modality: str, path: Path) -> hashlib.blake2b:
     """The digest of a modality and a file, for the caller to go on with; training meets each file many times."""
+    state = settled_state(path)
+    return _fresh_digest(modality, path) if state is None else _settled_digest(modality, path, state).copy()
+
+
+FileState = tuple[int, int, int]
+"""Inode, bytes and time of the last change of a file."""
+
+
+def settled_state(path: Path) -> FileState | None:
+    """What changes whenever the file's content does; None of a file so new that this cannot be told.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if the path holds a zero character.
+    """
     status = path.stat()
     # The clock of a file system may be coarse: what was changed a moment ago may change again without a trace.
     if time.time_ns() - status.st_mtime_ns < _SETTLED_NS:
-        return _fresh_digest(modality, path)
-    return _settled_digest(modality, path, status.st_ino, status.st_size, status.st_mtime_ns).copy()
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _settled_digest(modality: str, path: Path, _inode: int, _size: int, _changed_ns: int) -> hashlib.blake2b:
+def _settled_digest(modality: str, path: Path, _state: FileState) -> hashlib.blake2b:
     return _fresh_digest(modality, path)
 
 

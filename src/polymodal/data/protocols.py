@@ -38,6 +38,9 @@ class SampleProcessor(Protocol):
             SampleError: if it cannot be laid out.
         """
 
+    def reserve(self, plans: Sequence[Plan]) -> None:
+        """Get ready for loading plans that will be one batch, if none of them is damaged."""
+
     def load(self, plan: Plan, has_features: Callable[[str], bool] | None = None) -> Example:
         """Decode the media of a plan, except items whose features are cached.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +13,11 @@ from polymodal.core.errors import ConfigError, DataError, PolymodalError
 from polymodal.core.parts import MODALITIES, Media, Part
 from polymodal.core.samples import Message, Sample
 from polymodal.evaluation.metrics import normalise
+from polymodal.evaluation.predictions import Predictions, Record
+
+Ask = Callable[[list[Sample]], list[Record]]
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(condition, done, total)`` after every batch."""
 
 
 def blind(sample: Sample) -> Sample:
@@ -47,7 +51,31 @@ def conditions(
             yield f"without_{modality}", less
 
 
-def tried(ask: Callable[[list[Sample]], list[dict[str, Any]]], batch: list[Sample]) -> list[dict[str, Any]]:
+def asked(
+    conditions: Iterable[tuple[str, list[Sample]]],
+    ask: Ask,
+    batch_size: int,
+    stored: Predictions,
+    progress: Progress,
+) -> Iterator[tuple[str, Sample, Record]]:
+    """Condition, sample and result of everything that is asked; batches that are stored are not asked again.
+
+    Args:
+        conditions: what is asked under each.
+        ask: gives a result for each sample of a batch.
+        batch_size: samples at a time.
+        stored: records of an interrupted evaluation, each of which holds its result.
+        progress: called after every batch.
+    """
+    for condition, samples in conditions:
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            results = stored.of(condition, batch) or tried(ask, batch)
+            yield from ((condition, sample, result) for sample, result in zip(batch, results, strict=True))
+            progress(condition, start + len(batch), len(samples))
+
+
+def tried(ask: Ask, batch: list[Sample]) -> list[Record]:
     """What the model gives for each sample, with its ``seconds``; ``error`` alone where it cannot.
 
     A batch that fails is asked again one by one, so that the bad sample is named.

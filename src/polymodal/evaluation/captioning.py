@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from polymodal.core.errors import DataError
 from polymodal.core.parts import Media, Text
 from polymodal.core.samples import Sample
-from polymodal.evaluation.baselines import tried
+from polymodal.evaluation.baselines import Progress, asked, tried
 from polymodal.evaluation.caption_scores import fact_pattern, read_things
+from polymodal.evaluation.predictions import Predictions, Record
 from polymodal.evaluation.tasks import CaptionsTask, limited, read_samples
-
-Record = dict[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 class Captioner(Protocol):
@@ -27,7 +25,7 @@ class Captioner(Protocol):
         """Greedy captions; None stands for no medium."""
 
 
-def write_all(model: Captioner, task: CaptionsTask, progress: Progress) -> Iterator[Record]:
+def write_all(model: Captioner, task: CaptionsTask, stored: Predictions, progress: Progress) -> Iterator[Record]:
     """A record of each caption: condition, sample, what was written, and the text that stands with the medium.
 
     Raises:
@@ -40,15 +38,22 @@ def write_all(model: Captioner, task: CaptionsTask, progress: Progress) -> Itera
     ]
     if not usable:
         raise DataError(f"{task.data}: found no sample with the views {task.media!r} and 'text', expected some")
+    if len({sample.id for sample in usable}) < len(usable):
+        raise DataError(f"{task.data}: samples share ids; make them unique")
     samples = limited(usable, task.limit, task.seed)
     ids, references = [s.id for s in samples], [t.text for s in samples if isinstance(t := s.views["text"], Text)]
-    full = list(_written(model, task, samples, progress))
-    yield from _records("full", ids, references, full)
+    full: list[Record] = []
+    ask = partial(_captions, model, task)
+    for reference, (_, sample, result) in zip(
+        references, asked([("full", samples)], ask, task.batch_size, stored, progress), strict=True
+    ):
+        full.append({"prediction": "", **result})
+        yield from _records("full", [sample.id], [reference], full[-1:])
     if "blind" in task.conditions:
         # Greedy words without a medium are the same for every sample.
-        yield from _records(
-            "blind", ids, references, list(_written(model, task, [Sample("blind")], progress)) * len(ids)
-        )
+        blind = {"prediction": "", **tried(ask, [Sample("blind")])[0]}
+        yield from _records("blind", ids, references, [blind] * len(ids))
+        progress("blind", 1, 1)
     if "shuffled" in task.conditions and len(ids) > 1:
         order = np.random.default_rng(task.seed).permutation(len(ids))
         others = dict(zip(order.tolist(), np.roll(order, 1).tolist(), strict=True))
@@ -71,15 +76,6 @@ def _records(
 ) -> Iterator[Record]:
     for id, reference, result in zip(ids, references, written, strict=True):
         yield {"condition": condition, "id": id, "family": "all", "answer": reference, **result}
-
-
-def _written(model: Captioner, task: CaptionsTask, samples: Sequence[Sample], progress: Progress) -> Iterator[Record]:
-    """What is written of the medium of each sample."""
-    ask = partial(_captions, model, task)
-    for start in range(0, len(samples), task.batch_size):
-        batch = list(samples[start : start + task.batch_size])
-        yield from ({"prediction": "", **result} for result in tried(ask, batch))
-        progress("full" if samples[0].views else "blind", start + len(batch), len(samples))
 
 
 def _captions(model: Captioner, task: CaptionsTask, samples: list[Sample]) -> list[Record]:

@@ -5,7 +5,7 @@ A sample of such a task is a view set of two: the medium and its text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -15,13 +15,13 @@ from polymodal.core.parts import Text
 from polymodal.core.samples import Sample
 from polymodal.data.selection import described
 from polymodal.evaluation import baselines
+from polymodal.evaluation.baselines import Ask, Progress
+from polymodal.evaluation.predictions import Predictions, Record
 from polymodal.evaluation.tasks import FactsTask, MaskedWordsTask, MatchingTask, family_of, limited, read_samples
 from polymodal.evaluation.words import change_fact, find_facts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Progress = Callable[[str, int, int], None]
 
 _TEXT = "text"
 _FOIL = "foil"
@@ -39,7 +39,7 @@ class Reader(Protocol):
         """What stands in each text at the hidden characters ``[start, end)``, from the rest of the view set."""
 
 
-def ask_pairs(model: Reader, task: MatchingTask, progress: Progress) -> Iterator[dict[str, Any]]:
+def ask_pairs(model: Reader, task: MatchingTask, stored: Predictions, progress: Progress) -> Iterator[dict[str, Any]]:
     """A record per pair and condition: the chances that the model gives the own text and the foil.
 
     Raises:
@@ -58,14 +58,16 @@ def ask_pairs(model: Reader, task: MatchingTask, progress: Progress) -> Iterator
             raise DataError(f"the model gave {found.shape} values for {2 * len(batch)} view sets, expected chances")
         return [{"own": float(own), _FOIL: float(foil)} for own, foil in found.round(6).reshape(2, -1).T]
 
-    for condition, sample, result in _asked(task, pairs, chances, progress):
+    for condition, sample, result in _asked(task, pairs, chances, stored, progress):
         yield {
             "condition": condition, "id": sample.id, "family": family_of(sample), "text": _text(sample),
             "foil_text": sample.meta[_FOIL], **({"own": 0.0, _FOIL: 1.0} | result),
         }  # fmt: skip
 
 
-def ask_words(model: Reader, task: MaskedWordsTask, progress: Progress) -> Iterator[dict[str, Any]]:
+def ask_words(
+    model: Reader, task: MaskedWordsTask, stored: Predictions, progress: Progress
+) -> Iterator[dict[str, Any]]:
     """A record per hidden word and condition: what the model puts there.
 
     Raises:
@@ -96,7 +98,7 @@ def ask_words(model: Reader, task: MaskedWordsTask, progress: Progress) -> Itera
             **({"prediction": ""} | result),
         }  # fmt: skip
 
-    for condition, sample, result in _asked(task, asked, words, progress):
+    for condition, sample, result in _asked(task, asked, words, stored, progress):
         yield record(condition, sample, result)
     if "majority" in task.conditions:
         families, answers = [family_of(s) for s in asked], [str(s.meta["answer"]) for s in asked]
@@ -155,15 +157,9 @@ def _foils(sample: Sample, others: Sequence[Sample], task: MatchingTask, rng: np
 
 
 def _asked(
-    task: FactsTask,
-    samples: list[Sample],
-    ask: Callable[[list[Sample]], list[dict[str, Any]]],
-    progress: Progress,
-) -> Iterator[tuple[str, Sample, dict[str, Any]]]:
+    task: FactsTask, samples: list[Sample], ask: Ask, stored: Predictions, progress: Progress
+) -> Iterator[tuple[str, Sample, Record]]:
     """What came back for every sample under every condition that asks the model."""
     samples = limited(samples, task.limit, task.seed)
-    for condition, asked in baselines.conditions(samples, samples, task.conditions, task.seed):
-        for start in range(0, len(asked), task.batch_size):
-            batch = asked[start : start + task.batch_size]
-            yield from ((condition, s, r) for s, r in zip(batch, baselines.tried(ask, batch), strict=True))
-            progress(condition, start + len(batch), len(asked))
+    conditions = baselines.conditions(samples, samples, task.conditions, task.seed)
+    return baselines.asked(conditions, ask, task.batch_size, stored, progress)

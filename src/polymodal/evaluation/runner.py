@@ -8,10 +8,8 @@ Shape legend: ``Q`` queries, ``N`` candidates, ``D`` width of an embedding.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,10 +19,13 @@ import numpy as np
 from polymodal.core.errors import DataError, MediaError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
+from polymodal.data.sources import open_source
 from polymodal.evaluation import baselines
+from polymodal.evaluation.baselines import Progress
 from polymodal.evaluation.captioning import Captioner, write_all
 from polymodal.evaluation.facts import Reader, ask_pairs, ask_words
 from polymodal.evaluation.metrics import first_positive_ranks
+from polymodal.evaluation.predictions import Predictions, Record
 from polymodal.evaluation.scores import FORMAT, Report, score
 from polymodal.evaluation.tasks import (
     CaptionsTask,
@@ -41,9 +42,6 @@ from polymodal.evaluation.tasks import (
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(condition, done, total)`` after every batch."""
 
 _TOP = 5
 _QUERY_BLOCK = 512
@@ -66,6 +64,7 @@ def evaluate(
     conditions: Sequence[str] | None = None,
     predictions: str | Path | None = None,
     progress: Progress | None = None,
+    fingerprint: str | None = None,
 ) -> Report:
     """Measure a model on a task.
 
@@ -73,50 +72,42 @@ def evaluate(
         model: what is measured.
         task: an entry of ``TASKS``.
         conditions: replaces those of a questions task.
-        predictions: a file for the stored predictions; written line by line.
+        predictions: a file for the stored predictions; written line by line, beside it until all are there.
         progress: called after every batch.
+        fingerprint: tells the model from others; with it, an interrupted evaluation goes on after the last batch that
+            it stored (a search begins again).
 
     Raises:
         DataError: if the data cannot be read or holds nothing to ask, or the model returns something malformed.
         SampleError: if a question has no answer to compare with.
     """
-    header: dict[str, Any] = {"polymodal_predictions": FORMAT}
+    if isinstance(task, QuestionsTask) and conditions is not None:
+        task = QuestionsTask.parse({**task.to_data(), "conditions": tuple(conditions)}, "task")
+    header: dict[str, Any] = {"polymodal_predictions": FORMAT, "title": task.title, "task": task.to_data()}
+    header |= {"data": open_source(task.data).fingerprint, "model": fingerprint}
     report_progress = progress or (lambda condition, done, total: None)
+    found: list[Record] = []
+    if isinstance(task, RetrievalTask):
+        found, header["skipped"], header["errors"] = _retrieve_all(model, task, report_progress)
+    path = None if predictions is None else Path(predictions)
+    with Predictions(path, header, resumes=fingerprint is not None) as stored:
+        return score(header, stored.keep(found or _records(model, task, stored, report_progress)))
+
+
+def _records(model: Model, task: TaskConfig, stored: Predictions, progress: Progress) -> Iterator[Record]:
+    """The records of a task whose samples are asked one by one."""
     if isinstance(task, QuestionsTask):
-        if conditions is not None:
-            task = QuestionsTask.parse({**task.to_data(), "conditions": tuple(conditions)}, "task")
-        records: Iterable[dict[str, Any]] = _ask_all(model, task, report_progress)
-    elif isinstance(task, MatchingTask):
-        records = ask_pairs(model, task, report_progress)
-    elif isinstance(task, MaskedWordsTask):
-        records = ask_words(model, task, report_progress)
-    elif isinstance(task, CaptionsTask):
-        records = write_all(model, task, report_progress)
-    elif isinstance(task, RetrievalTask):
-        records, header["skipped"], header["errors"] = _retrieve_all(model, task, report_progress)
-    else:
-        raise DataError(f"found a {type(task).__name__}, expected an entry of TASKS")
-    header |= {"title": task.title, "task": task.to_data()}
-    return score(header, _stored(header, records, predictions))
+        return _ask_all(model, task, stored, progress)
+    if isinstance(task, MatchingTask):
+        return ask_pairs(model, task, stored, progress)
+    if isinstance(task, MaskedWordsTask):
+        return ask_words(model, task, stored, progress)
+    if isinstance(task, CaptionsTask):
+        return write_all(model, task, stored, progress)
+    raise DataError(f"found a {type(task).__name__}, expected an entry of TASKS")
 
 
-def _stored(
-    header: dict[str, Any], records: Iterable[dict[str, Any]], path: str | Path | None
-) -> Iterator[dict[str, Any]]:
-    """Pass the records on, writing each as a line."""
-    with contextlib.ExitStack() as stack:
-        file = None
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(Path(path).open("w", encoding="utf-8"))
-            file.write(json.dumps(header) + "\n")
-        for record in records:
-            if file is not None:
-                file.write(json.dumps(record) + "\n")
-            yield record
-
-
-def _ask_all(model: Model, task: QuestionsTask, progress: Progress) -> Iterator[dict[str, Any]]:
+def _ask_all(model: Model, task: QuestionsTask, stored: Predictions, progress: Progress) -> Iterator[Record]:
     found = [sample for sample in read_samples(task.data) if not task.families or family_of(sample) in task.families]
     absent = sorted({*task.families} - {family_of(sample) for sample in found})
     if absent:
@@ -130,12 +121,9 @@ def _ask_all(model: Model, task: QuestionsTask, progress: Progress) -> Iterator[
         )
     fewer = limited(questions, task.control_limit, task.seed)
     ask = partial(_answers, model, max_new_tokens=task.max_new_tokens)
-    for condition, asked in baselines.conditions(questions, fewer, task.conditions, task.seed):
-        for start in range(0, len(asked), task.batch_size):
-            batch = asked[start : start + task.batch_size]
-            for sample, result in zip(batch, baselines.tried(ask, batch), strict=True):
-                yield _record(condition, sample, answers[sample.id], {"prediction": "", **result})
-            progress(condition, start + len(batch), len(asked))
+    conditions = baselines.conditions(questions, fewer, task.conditions, task.seed)
+    for condition, sample, result in baselines.asked(conditions, ask, task.batch_size, stored, progress):
+        yield _record(condition, sample, answers[sample.id], {"prediction": "", **result})
     yield from _constant_answers(questions, list(answers.values()), task)
 
 

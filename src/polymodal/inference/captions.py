@@ -18,6 +18,7 @@ from polymodal.inference.sampling import Sampling, draw, make_generator
 from polymodal.modalities.text import TextReader, Tokenizer
 from polymodal.models.compose import to_device
 from polymodal.models.compose.joint import JointRun, caption_head
+from polymodal.models.compose.writing import WritingRun
 from polymodal.models.heads.masked_token import MaskedTokenHead
 
 
@@ -44,7 +45,7 @@ class _Writer:
 def write_captions(
     engine: Engine, media: Sequence[Media | None], sampling: Sampling, batch_size: int = 64
 ) -> list[Written]:
-    """A caption of each medium. Every step reads the whole caption again; captions are short.
+    """A caption of each medium; the medium and each token are read once, and their keys and values kept.
 
     Source: BLIP, arXiv 2201.12086, section 3.1: a start token, causal self-attention, cross-attention to the image, an
     end token.
@@ -101,15 +102,16 @@ def _write(
     samples = [Sample(f"medium {place}", views=there) for place, there in enumerate(views)]
     batch = to_device(engine.processor.batch(samples), engine.device)
     seen = {name: engine.model.encode(name, x) for name, x in batch.streams.items() if name != writer.stream}
-    run = JointRun(engine.model, batch, seen)
-    tokens, is_valid = run.lay_out(seen) if seen else ({}, {})
+    joint = JointRun(engine.model, batch, seen)
+    tokens, is_valid = joint.lay_out(seen) if seen else ({}, {})
     start, end = writer.tokenizer.prefix, writer.tokenizer.suffix[0]
+    num_new = min(sampling.max_new_tokens, writer.max_tokens - len(start))
+    run = WritingRun(joint, writer.head, tokens, is_valid, (len(media), len(start) + num_new))
     ids_ST = torch.tensor([start] * len(media), device=engine.device)
     found = [Written() for _ in media]
     alive = list(range(len(media)))
-    for _ in range(min(sampling.max_new_tokens, writer.max_tokens - len(start))):
-        logits_SV = run.next_token_logits(writer.head, ids_ST, tokens, is_valid)
-        token_S = draw(logits_SV, sampling, generator)
+    for _ in range(num_new):
+        token_S = draw(run.logits(ids_ST), sampling, generator)
         going = (token_S != end).nonzero().squeeze(1)
         for row in (token_S == end).nonzero().squeeze(1).tolist():
             found[alive[row]].finish = "stop"
@@ -117,8 +119,7 @@ def _write(
             found[alive[row]].ids.append(int(token_S[row]))
         # Finished rows leave, so that no step is spent on them.
         ids_ST = torch.cat([ids_ST, token_S[:, None]], dim=1)[going]
-        tokens = {name: x[going] for name, x in tokens.items()}
-        is_valid = {name: valid[going] for name, valid in is_valid.items()}
+        run.select(going)
         alive = [alive[row] for row in going.tolist()]
         if not alive:
             break

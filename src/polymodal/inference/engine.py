@@ -20,12 +20,12 @@ from polymodal.core.errors import SampleError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
 from polymodal.inference.dropped import dropped_words
-from polymodal.inference.prefix import PrefixCache, identity, suffix
+from polymodal.inference.prefix import PrefixCache, identity, media_end, same_media, suffix, until_media
 from polymodal.inference.sampling import Sampling, draw, make_generator
 from polymodal.modalities.processor import Processor, collate_units
 from polymodal.modalities.reader import checked_read
 from polymodal.modalities.text.tokenizer import END
-from polymodal.models.backbones.decoder import CausalConfig
+from polymodal.models.backbones.decoder import CausalConfig, Decoder
 from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.heads.table import NextTokenConfig
 from polymodal.models.layers.cache import KVCache
@@ -98,19 +98,24 @@ class Engine:
     ) -> list[Generation]:
         """Answer every sample; the result of one does not depend on the others.
 
-        Prompts of similar length share a batch. Sampling with a seed draws per batch, greedy answers are exact.
-        ``drop`` stands in the place of the engine's.
+        Prompts of similar length share a batch, and so do those that begin alike up to the end of their last medium:
+        of a batch, what several begin with is encoded and read once. What one call has read the next does not reuse,
+        unlike :meth:`stream`: rows of a batch would be copied into the prefix cache for prompts that may never come.
+        Sampling with a seed draws per batch, greedy answers are exact. ``drop`` stands in the place of the engine's.
 
         Raises:
             SampleError: if a prompt cannot be laid out or leaves no room for an answer.
         """
         self._end_ids()
         plans = [self._plan(sample) for sample in samples]
-        order = sorted(range(len(plans)), key=lambda i: plans[i].num_tokens)
+        alike = same_media(plans) if self._shares(drop) else list(range(len(plans)))
+        order = sorted(range(len(plans)), key=lambda i: (plans[alike[i]].num_tokens, alike[i], plans[i].num_tokens))
         results: list[Generation] = [Generation()] * len(plans)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for row, generation in zip(rows, self._generate([plans[i] for i in rows], sampling, drop), strict=True):
+            chosen = [plans[i] for i in rows]
+            found = self._generate(chosen, [alike[i] for i in rows], sampling, drop)
+            for row, generation in zip(rows, found, strict=True):
                 results[row] = generation
         return results
 
@@ -240,8 +245,36 @@ class Engine:
         drop = self.drop if drop is None else drop
         return None if drop is None or drop.share == 0 else drop
 
-    def _generate(self, plans: Sequence[Plan], sampling: Sampling, drop: MediaDrop | None) -> list[Generation]:
-        return self.generate_examples([self.processor.load(plan) for plan in plans], sampling, drop=drop)
+    def _shares(self, drop: MediaDrop | None) -> bool:
+        """Whether rows of a batch may begin with what was read once: nothing a later token says changes it."""
+        is_plain = isinstance(self.model.decoder, Decoder) and not self.model.config.watched_streams
+        return is_plain and self.model.decoder.reuses_prefixes and self._dropping(drop) is None
+
+    def _generate(
+        self, plans: Sequence[Plan], alike: Sequence[int], sampling: Sampling, drop: MediaDrop | None
+    ) -> list[Generation]:
+        """Continue the plans of one batch; those with an equal number in ``alike`` begin alike."""
+        if len({*alike}) == len(plans) or not all(media_end(plan) for plan in plans):
+            return self.generate_examples([self.processor.load(plan) for plan in plans], sampling, drop=drop)
+        rooms = [self._room(plan, sampling) for plan in plans]
+        firsts = [place for place, group in enumerate(alike) if group not in alike[:place]]
+        starts, rests = [media_end(plan) for plan in plans], []
+        for plan, start in zip(plans, starts, strict=True):
+            rests.append(self.processor.load(suffix(plan, start)))
+        longest = max(starts) + max(rest.plan.num_tokens for rest in rests)
+        cache = self.model.decoder.new_cache(len(firsts), longest + max(rooms))
+        heads = [self.processor.load(until_media(plans[place])) for place in firsts]
+        self.model.states(to_device(self.processor.collate(heads, packed=False), self.device), cache)
+        groups = [alike[place] for place in firsts]
+        cache.select(torch.tensor([groups.index(group) for group in alike], device=self.device))
+        batch = to_device(self.processor.collate(rests, packed=False), self.device)
+        batch.positions = batch.positions + torch.tensor(starts, device=self.device)[:, None]
+        states_BTD = self.model.states(batch, cache)
+        states_BD = states_BTD[torch.arange(len(plans), device=self.device), batch.is_valid.sum(1) - 1]
+        results = [Generation(num_prompt_tokens=plan.num_tokens, choices=list(plan.choices)) for plan in plans]
+        for place, result in enumerate(results):
+            result.num_reused_tokens = 0 if place in firsts else starts[place]
+        return self._continue(results, rooms, (states_BD, cache), sampling, None)
 
     @torch.inference_mode()
     def generate_examples(
@@ -278,8 +311,20 @@ class Engine:
             )
             for plan in plans
         ]
+        return self._continue(results, rooms, (states, cache), sampling, rule)
+
+    def _continue(
+        self,
+        results: list[Generation],
+        rooms: Sequence[int],
+        read: tuple[Tensor, KVCache],
+        sampling: Sampling,
+        rule: Rule | None,
+    ) -> list[Generation]:
+        """Fill results, given the last states ``[B, D]`` of the prompts and their cache."""
+        states, cache = read
         generator = make_generator(sampling, self.device)
-        ends, alive = self._end_ids(), list(range(len(plans)))
+        ends, alive = self._end_ids(), list(range(len(results)))
         while alive:
             token_B = self._next(states, sampling, generator, [results[row].ids for row in alive], rule)
             kept = []

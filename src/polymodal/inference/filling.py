@@ -35,9 +35,11 @@ def fill(
         batch_size: samples at a time; the result of one does not depend on the others.
 
     Raises:
-        ConfigError: if the model has no such head.
+        ConfigError: if the model has no such head, or there is not one span for each sample.
         SampleError: if a sample has no text, or no token of it stands at the hidden characters.
     """
+    if len(samples) != len(hidden):
+        raise ConfigError(f"fill: found {len(hidden)} spans for {len(samples)} samples, expected one for each")
     reading = _head(engine, head)
     texts: list[str] = []
     for start in range(0, len(samples), batch_size):

@@ -65,6 +65,30 @@ def suffix(plan: Plan, start: int) -> Plan:
     return replace(plan, ids=plan.ids[start:], is_supervised=plan.is_supervised[start:], spans=spans, items=items)
 
 
+def media_end(plan: Plan) -> int:
+    """How many tokens stand before the end of the last medium of the sequence; 0 without media."""
+    return max((span.start + span.length for span in plan.spans), default=0)
+
+
+def until_media(plan: Plan) -> Plan:
+    """The plan of the tokens up to the end of the last medium."""
+    end = media_end(plan)
+    return replace(plan, ids=plan.ids[:end], is_supervised=plan.is_supervised[:end])
+
+
+def same_media(plans: Sequence[Plan]) -> list[int]:
+    """For each plan the first one that is the same up to the end of the last medium; itself where none is, or no media.
+
+    Worked example, prompts ``ab?``, ``x``, ``ab!!``, ``ac?`` about the media ``b`` and ``c``: ``[0 1 0 3]``.
+    """
+    first: dict[Identity, int] = {}
+    found = []
+    for place, plan in enumerate(plans):
+        end = media_end(plan)
+        found.append(first.setdefault(identity(plan)[:end], place) if end else place)
+    return found
+
+
 def usable_start(plan: Plan, shared: int) -> int:
     """How many of the ``shared`` leading tokens serve: never all of them, and never a part of a media span."""
     shared = min(shared, plan.num_tokens - 1)

@@ -91,7 +91,8 @@ def _bytes(tensor: Tensor) -> int:
 
 def _torchao() -> Any:
     """The library, quietly: on import it warns of every optional kernel that this machine has no use for."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -6,6 +6,7 @@ Its work has three steps. ``plan`` lays a sample out from headers alone, ``load`
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,21 @@ class Processor:
         plan.meta = dict(sample.meta)
         return plan
 
+    def reserve(self, plans: Sequence[Plan]) -> None:
+        """Make the array of one batch for every stream whose units have a fixed shape, for :meth:`load` to fill.
+
+        A plan of another batch, or of none, loads as well; its units are copied when they are joined.
+        """
+        for name, layout in self.streams.items():
+            counts = [sum(len(lengths) for _, lengths in plan.items.get(name, ())) for plan in plans]
+            if layout.reader.is_ragged or not any(counts):
+                continue
+            values = np.empty((sum(counts), *layout.reader.unit_shape), np.float32)
+            start = 0
+            for plan, count in zip(plans, counts, strict=True):
+                plan.rows[name] = values[start : start + count]
+                start += count
+
     def load(self, plan: Plan, has_features: Callable[[str], bool] | None = None) -> Example:
         """Decode the media of a plan.
 
@@ -118,8 +134,9 @@ class Processor:
                 layout = self.streams[name]
                 cached = has_features if layout.cache_tag else None
                 keys[name] = [f"{layout.cache_tag}:{part.content_key()}" for part, _ in items] if cached else []
+                places = _places(plan.rows.get(name), items)
                 inputs[name] = [
-                    None if cached and cached(keys[name][i]) else _read(layout.reader, part, lengths)
+                    None if cached and cached(keys[name][i]) else _read(layout.reader, part, lengths, places[i])
                     for i, (part, lengths) in enumerate(items)
                 ]
         except PolymodalError as error:
@@ -326,11 +343,19 @@ class Processor:
         return streams
 
 
-def _read(reader: Reader, part: Any, lengths: tuple[int, ...]) -> ModelInput:
+def _places(rows_U: Any, items: Sequence[tuple[Any, tuple[int, ...]]]) -> list[Any]:
+    """The reserved rows of each item, or None for each."""
+    if rows_U is None:
+        return [None] * len(items)
+    ends = itertools.accumulate(len(lengths) for _, lengths in items)
+    return [rows_U[end - len(lengths) : end] for end, (_, lengths) in zip(ends, items, strict=True)]
+
+
+def _read(reader: Reader, part: Any, lengths: tuple[int, ...], rows_U: Any) -> ModelInput:
     """A part by its stream's reader, or by the one that a budget chose for it."""
     if isinstance(part, Choice):
-        return checked_read(part.reader, part.part, lengths)
-    return checked_read(reader, part, lengths)
+        return checked_read(part.reader, part.part, lengths, rows_U)
+    return checked_read(reader, part, lengths, rows_U)
 
 
 def collate_units(inputs: Sequence[ModelInput], reader: Reader) -> StreamBatch:
@@ -349,12 +374,24 @@ def _stack(inputs: Sequence[ModelInput | None], reader: Reader) -> Any:
     """All units in one array, zero-padded along the ragged axis."""
     units = [unit for item in inputs if item is not None for unit in item.units]
     if not reader.is_ragged:
-        return np.stack(units)
+        base = units[0].base
+        return base if _are_rows(units, base) else np.stack(units)
     longest = max(len(unit) for unit in units)
     values = np.zeros((len(units), longest, *units[0].shape[1:]), dtype=units[0].dtype)
     for row, unit in enumerate(units):
         values[row, : len(unit)] = unit
     return values
+
+
+def _are_rows(units: Sequence[Any], base: Any) -> bool:
+    """Whether the units are all rows of one array, in order: they were read into their batch."""
+    if base is None or base.shape != (len(units), *units[0].shape):
+        return False
+    start, step = base.ctypes.data, base.strides[0]
+    return all(
+        unit.base is base and unit.__array_interface__["data"][0] == start + row * step
+        for row, unit in enumerate(units)
+    )
 
 
 def _pack(plans: Sequence[Plan]) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from polymodal.core.batch import ModelInput
 from polymodal.core.config import Config
 from polymodal.core.errors import CorruptMediaError
@@ -49,6 +52,15 @@ class Reader(ABC):
             MediaError: if the content is damaged or above the limits.
         """
 
+    def read_into(self, part: Part, rows_U: NDArray[np.float32]) -> ModelInput:
+        """As ``read``, with the units written into rows of a batch where that is possible; a copy less.
+
+        Args:
+            part: what is read.
+            rows_U: one row per promised unit; its content is undefined if the units turn out not to stand there.
+        """
+        return self.read(part)
+
     def among(self, count: int) -> Reader:
         """What reads an item of a conversation that has ``count`` items for this reader; itself, as a rule."""
         return self
@@ -59,13 +71,15 @@ class Reader(ABC):
         """Shape of one unit without its ragged axis: ``(3, H, W)``, ``(mels,)``, ``(channels,)``, ..."""
 
 
-def checked_read(reader: Reader, part: Part, lengths: tuple[int, ...]) -> ModelInput:
-    """Read a part and prove that its units have the promised lengths.
+def checked_read(
+    reader: Reader, part: Part, lengths: tuple[int, ...], rows_U: NDArray[np.float32] | None = None
+) -> ModelInput:
+    """Read a part (into ``rows_U``, see :meth:`Reader.read_into`) and prove that its units have the promised lengths.
 
     Raises:
         MediaError: as ``reader.read`` does, or if the content does not have the size that the header stated.
     """
-    result = reader.read(part)
+    result = reader.read(part) if rows_U is None else reader.read_into(part, rows_U)
     if result.lengths != lengths:
         name = getattr(part, "name", part.modality)
         raise CorruptMediaError(

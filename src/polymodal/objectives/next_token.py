@@ -52,11 +52,12 @@ class NextToken(ObjectiveConfig):
 
     def count(self, batch: Batch) -> float:
         """The sum of the tokens' weights: supervised tokens, samples or answers that have some, or answers' roots."""
-        flat = batch.is_supervised.reshape(-1)
+        # Before a batch goes to its device it holds arrays.
+        flat = torch.as_tensor(batch.is_supervised).reshape(-1)
         if self.average == "sample":
             width = batch.ids.shape[-1]
             lengths = batch.segment_lengths or (width,) * (len(flat) // width)
-            return sum(bool(each.any()) for each in flat.split(lengths))
+            return sum(bool(each.any()) for each in torch.split(flat, list(lengths)))
         return _count(torch.bincount(answers_of(flat)), self.average)
 
     def __call__(self, outputs: Outputs, batch: Batch) -> LossReport:

@@ -14,6 +14,7 @@ from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.models.adapters import Adapter, adapted_modules, adapter_names
 from polymodal.models.adapters.apply import check_name
 from polymodal.models.adapters.base import attach
+from polymodal.models.weights.folder import check_new
 from polymodal.recipes.adapter_layout import to_layout
 from polymodal.recipes.adapter_names import hub_names
 from polymodal.recipes.adapter_reading import read_layout
@@ -85,8 +86,7 @@ def export_adapter(recipe: Recipe, network: nn.Module, name: str, out: str | os.
         CheckpointError: if ``out`` is not empty.
     """
     folder = Path(out)
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is not empty; choose a new folder")
+    check_new(folder)
     adapters: dict[str, Adapter] = {
         path: inner.adapters[name]  # type: ignore[misc]
         for path, inner in adapted_modules(network)

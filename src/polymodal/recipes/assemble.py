@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,7 +15,9 @@ from polymodal.modalities.table import build_reader
 from polymodal.modalities.text import Tokenizer
 from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import MultimodalModel
+from polymodal.models.compose.model import Within
 from polymodal.models.weights.assign import main_dtype, no_weights
+from polymodal.models.weights.formats import convert
 from polymodal.recipes.extending import base_tokenizers, fill_base
 from polymodal.recipes.published import Published, fill_sources
 from polymodal.recipes.schema import PartSource, Recipe
@@ -54,7 +56,7 @@ def assemble(
     tokenizer = tokenizer or make_tokenizer(recipe)
     text_tokenizers = text_tokenizers or make_text_tokenizers(recipe)
     torch.manual_seed(recipe.seed)
-    network = _network(recipe, tokenizer, text_tokenizers, _replaced(recipe) if with_sources else ())
+    network = _network(recipe, tokenizer, text_tokenizers, _replaced(recipe) if with_sources else None)
     if with_sources and recipe.sources:
         fill_sources(network, recipe.sources)
     if with_sources and recipe.extend is not None:
@@ -64,16 +66,28 @@ def assemble(
     return Assembly(recipe, tokenizer, make_processor(recipe, tokenizer, text_tokenizers), network, text_tokenizers)
 
 
-def _replaced(recipe: Recipe) -> list[str]:
-    """Paths of the parts that the reference library loads whole, in place of what is built."""
+def _replaced(recipe: Recipe) -> dict[str, Within]:
+    """Paths of the parts all of whose weights come from their sources, so that none need be drawn.
+
+    The reference library's modules are replaced as a whole; ours keep their buffers.
+    """
+    # A language model that learns to look at streams has new blocks among its own.
+    is_partly_new = recipe.model.look is not None and recipe.model.backbone.use != "transformers"
     model = recipe.model
-    parts = {f"streams.{name}.encoder": stream.encoder.use for name, stream in model.streams.items()}
-    parts["backbone"] = model.backbone.use
-    return [path for path, use in parts.items() if use == "transformers" and path in recipe.sources]
+    uses = {f"streams.{name}.encoder": stream.encoder.use for name, stream in model.streams.items()}
+    uses["backbone"] = model.backbone.use
+    return {
+        path: partial(torch.device, "meta") if uses.get(path) == "transformers" else no_weights
+        for path in recipe.sources
+        if path != "backbone" or not is_partly_new
+    }
 
 
 def _network(
-    recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer], later: Collection[str] = ()
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    text_tokenizers: Mapping[str, Tokenizer],
+    later: Mapping[str, Within] | None = None,
 ) -> MultimodalModel:
     controls = {
         name: text_tokenizers.get(name, tokenizer).controls
@@ -102,8 +116,9 @@ def load_published(source: str | os.PathLike[str], *, as_stored: bool = False) -
     with no_weights():
         network = _network(recipe, tokenizer, text_tokenizers)
     published.fill(network)
-    # One format for all: layers take no input of another one.
-    network.to(main_dtype(network) if as_stored else torch.float32)
+    # One format for all, but what the architecture must not round.
+    dtype = main_dtype(network) if as_stored else torch.float32
+    convert(network, dtype, published.exact_names(network) if dtype == torch.float16 else ())
     processor = make_processor(recipe, tokenizer, text_tokenizers)
     return Assembly(recipe, tokenizer, processor, network, text_tokenizers)
 

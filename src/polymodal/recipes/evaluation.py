@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from polymodal.core.config import load_yaml
 from polymodal.core.errors import ConfigError
-from polymodal.evaluation.runner import Progress
+from polymodal.evaluation.baselines import Progress
 from polymodal.evaluation.runner import evaluate as run_task
 from polymodal.evaluation.scores import Report
 from polymodal.evaluation.tasks import TASKS, QuestionsTask, TaskConfig
-from polymodal.recipes.loading import load_recipe
+from polymodal.recipes.loading import dump_recipe, load_recipe
 from polymodal.recipes.model import RECIPE, Model, load
+from polymodal.training.state_files import hash_tensors
 
 
 def resolve_task(task: Any, root: str | os.PathLike[str] = ".") -> TaskConfig:
@@ -64,9 +70,31 @@ def evaluate(
     Args:
         model: a loaded model or a run folder.
         task: a task config, its plain data, a YAML file of one, or a JSON Lines file of questions.
-        predictions: where to store what the model said, for re-scoring.
+        predictions: where to store what the model said, for re-scoring. An evaluation that was interrupted goes on from
+            there, if task, data and model are the same.
         progress: called as ``progress(condition, done, total)``.
     """
     loaded = model if isinstance(model, Model) else load(model)
-    stored = None if predictions is None else os.fspath(predictions)
-    return run_task(loaded, resolve_task(task), predictions=stored, progress=progress)
+    if predictions is None:
+        return run_task(loaded, resolve_task(task), progress=progress)
+    stored, own = os.fspath(predictions), fingerprint(loaded)
+    return run_task(loaded, resolve_task(task), predictions=stored, progress=progress, fingerprint=own)
+
+
+def fingerprint(model: Model) -> str:
+    """SHA-256 in hex over what a model's answers follow from: weights, recipe and tokenizers."""
+    digest = hashlib.sha256(hash_tensors(dict(_stored_tensors(model.network.state_dict()))).encode())
+    digest.update(dump_recipe(model.recipe).encode())
+    for tokenizer in (model.tokenizer, *model.text_tokenizers.values()):
+        digest.update(json.dumps(tokenizer.hub_files(), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _stored_tensors(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors; those in fewer bits are made of several."""
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()
+            yield from _stored_tensors({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        else:
+            yield name, tensor

@@ -55,7 +55,7 @@ class Answer:
     Args:
         text: the answer.
         tokens: its token ids.
-        finish: ``stop`` (the model ended its turn), ``length`` (it ran out of room) or ``blocked`` (by a safety check).
+        finish: ``stop`` (the model ended its turn) or ``length`` (it ran out of room).
         prompt_tokens: length of the prompt, media included.
         reused_tokens: how many of them came from the prefix cache.
         seconds: wall time.
@@ -396,7 +396,7 @@ class Model:
         own = self.tokenizer
         has_pad = own.names.pad is not None
         vocabulary = Vocabulary(own.size, own.controls, own.bos_id, own.eos_id, own.pad_id if has_pad else None)
-        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, self.recipe.sources.values())
+        name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, self.recipe.sources)
         if reads_text(self.recipe):
             chat = recipe_chat(self.recipe)
             write_tokenizer(own, Path(out), chat)

@@ -118,6 +118,13 @@ class Published:
         absent = [name for name in without_memory(network) if _below(name, at)]
         materialise(network, absent)
 
+    def exact_names(self, network: nn.Module) -> list[str]:
+        """Parameters of the whole model that stay float32 where the others are float16."""
+        kept = {*self.architecture.float32}
+        table = self.architecture.names(self.model, list(self.folder.tensors)) if kept else None
+        places = {name: table.find(name) for name in wanted_names(network)} if table else {}
+        return [name for name, place in places.items() if place is not None and kept & {*place[1].split(".")}]
+
 
 def _below(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(path + ".")
@@ -241,7 +248,7 @@ def _fill_beside(theirs: ModelConfig, part: str, role: str, holder: dict[str, An
         if stream.reader is not None:
             holder.setdefault("reader", stream.reader.to_data())
     if role == "backbone":
-        holder.setdefault("tokenizer", theirs.tokenizer.to_data())
+        holder["tokenizer"] = _over(theirs.tokenizer.to_data(), holder.get("tokenizer", {}))
 
 
 class _Shelf(dict[str, Published]):

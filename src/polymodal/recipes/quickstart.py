@@ -24,11 +24,10 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Media, Part, Text
 from polymodal.data.scenes import make_scenes
 from polymodal.evaluation.report_html import ReportData, write_report
-from polymodal.evaluation.runner import evaluate
 from polymodal.evaluation.scores import Report, read_predictions, rescore
 from polymodal.evaluation.tasks import QuestionsTask, RetrievalTask, TaskConfig, read_samples
 from polymodal.models.heads.table import ProjectionConfig
-from polymodal.recipes.evaluation import resolve_task
+from polymodal.recipes.evaluation import evaluate, resolve_task
 from polymodal.recipes.loading import load_recipe
 from polymodal.recipes.model import WEIGHTS, Model, load_assembly
 from polymodal.recipes.quickstart_report import report_data
@@ -215,9 +214,7 @@ def _measure(root: Path, tasks: Sequence[TaskConfig], clock: _Clock, advance: Ad
         if not _is_current(stored, task, weights):
             with clock.step(f"measure: {task.title}" if isinstance(task, QuestionsTask) else "measure: search"):
                 model = model or _Remembering(root / "run")
-                partial = stored.with_name(stored.name + ".part")
-                evaluate(model, task, predictions=partial, progress=_named(advance, task.title))
-                partial.replace(stored)
+                evaluate(model, task, predictions=stored, progress=_named(advance, task.title))
         measured.append((task, stored, rescore(stored)))
     return measured
 

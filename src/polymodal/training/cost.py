@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,34 +67,42 @@ def mebibytes(size: int) -> str:
 
 
 def predict_cost(
-    model: nn.Module, optimizer: Optimizer, backward: Callable[[], object], *, batches_per_step: int, num_steps: int
+    model: nn.Module,
+    optimizer: Optimizer,
+    backwards: Iterable[tuple[float, Callable[[], object]]],
+    *,
+    batches_per_step: int,
+    num_steps: int,
 ) -> Cost:
-    """Run ``backward`` twice: once to warm up and to count what it keeps, once to time it.
+    """Run every kind of batch twice: once to warm up and to count what it keeps, once to time it.
 
-    Nothing changes: gradients are dropped, and random generators stand where they stood. The time lacks the optimizer's
-    own step.
+    Memory is that of the kind that keeps most, time the mean over the kinds. Nothing changes: gradients are dropped,
+    and random generators stand where they stood. The time lacks the optimizer's own step.
 
     Args:
         model: with what trains marked.
         optimizer: of the stage.
-        backward: the forward and backward pass of one batch.
+        backwards: per kind of batch, its share of the batches and the forward and backward pass of one; at least one.
         batches_per_step: batches that make a step.
         num_steps: steps of the stage.
     """
     base = _process_bytes()
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+    activation_bytes, seconds, total = 0, 0.0, 0.0
     with torch.random.fork_rng(devices=gpus):
-        activation_bytes = _kept_bytes(model, backward)
-        _wait(gpus)
-        started = time.perf_counter()
-        backward()
-        _wait(gpus)
-        seconds = time.perf_counter() - started
+        for share, backward in backwards:
+            activation_bytes = max(activation_bytes, _kept_bytes(model, backward))
+            _wait(gpus)
+            started = time.perf_counter()
+            backward()
+            _wait(gpus)
+            seconds, total = seconds + share * (time.perf_counter() - started), total + share
     optimizer.zero_grad(set_to_none=True)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     copies = 2 if isinstance(optimizer, Lion) else 3
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Cost(num_steps, seconds * batches_per_step, weights, copies * trained, activation_bytes, base)
+    step_s = seconds / total * batches_per_step
+    return Cost(num_steps, step_s, weights, copies * trained, activation_bytes, base)
 
 
 def _kept_bytes(model: nn.Module, backward: Callable[[], object]) -> int:

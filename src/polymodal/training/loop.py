@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -140,18 +141,30 @@ class StageRun:
         return result
 
     def predict(self, batch: Batch) -> Cost:
-        """What the rest of the stage will take, from two passes over ``batch``; changes nothing."""
+        """What the rest of the stage will take, from two passes over ``batch``; changes nothing.
+
+        Where batches are of one source each, ``batch`` says nothing of the other sources, and one of each is read.
+        """
         stage = self.context.stage
         cost = predict_cost(
             self.context.model,
             self.optimizer,
-            lambda: self._backward([batch]),
+            self._kinds(batch),
             batches_per_step=stage.accumulate,
             num_steps=stage.steps - self.step,
         )
         if self.twin is not None:
             self.twin.forget()
         return cost
+
+    def _kinds(self, batch: Batch) -> Iterator[tuple[float, Callable[[], object]]]:
+        """The passes over each kind of batch, with its share of the batches."""
+        is_any = False
+        for share, one in self.context.loader.kinds() if self.context.stage.batch.one_source else ():
+            is_any = True
+            yield share, functools.partial(self._backward, [one])
+        if not is_any:
+            yield 1.0, functools.partial(self._backward, [batch])
 
     def _train(self, frozen: set[str], result: StageResult) -> None:
         context, stage = self.context, self.context.stage

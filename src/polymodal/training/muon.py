@@ -6,20 +6,21 @@ Legend: ``N`` matrices of one shape, ``R`` rows, ``C`` columns with ``R <= C``.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
+
+from polymodal.training.stepping import OwnOptimizer
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _RMS = 0.2
 """About the size of an entry of AdamW's update; an orthogonal matrix scaled to it suits AdamW's rates."""
 
 
-class Muon(Optimizer):
+class Muon(OwnOptimizer):
     """``m = b m + (1 - b) g``, then ``w -= lr * (s * orthogonal((1 - b) g + b m) + decay * w)``.
 
     ``s = 0.2 sqrt(max(rows, columns))`` gives the update the size of AdamW's; filters of convolutions are taken as
@@ -68,24 +69,12 @@ class Muon(Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without a gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """See :class:`OwnOptimizer`."""
         for group in self.param_groups[: self._num_matrix_groups]:
             self._update(group)
         if self._others is not None:
             self._others.step()
-        return loss
 
     def _update(self, group: dict[str, Any]) -> None:
         by_shape: dict[tuple[torch.device, int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)

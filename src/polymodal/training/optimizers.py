@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -14,6 +13,7 @@ from polymodal.core.config import Config, Table
 from polymodal.core.errors import ConfigError
 from polymodal.core.patterns import match_names, matches
 from polymodal.training.muon import Muon, matrices_of
+from polymodal.training.stepping import OwnOptimizer
 
 _UNDECAYED = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -130,7 +130,7 @@ def _checked_betas(betas: tuple[float, float]) -> tuple[float, float]:
 OPTIMIZERS: Table[OptimizerConfig] = Table("optimizer", [AdamW, LionConfig, MuonConfig])
 
 
-class Lion(Optimizer):
+class Lion(OwnOptimizer):
     """``w -= lr * (sign(b1 * m + (1 - b1) * g) + decay * w)``, then ``m = b2 * m + (1 - b2) * g``.
 
     Source: arXiv 2302.06675, algorithm 2.
@@ -141,24 +141,12 @@ class Lion(Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; parameters without a gradient are left alone."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update_all(self) -> None:
+        """See :class:`OwnOptimizer`."""
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
                     self._update(weight, weight.grad, group)
-        return loss
 
     def _update(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]

@@ -26,7 +26,7 @@ _TAGS = ("$tensor", "$array", "$tuple", "$items", "$float")
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors; one that stands under several names is stored once, its other names in the header.
 
-    Views that share memory without being the same tensor are stored apart.
+    Views that share memory without being the same tensor are stored apart. Equal tensors give equal files.
 
     Raises:
         OSError: if the file cannot be written.
@@ -48,7 +48,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
         memory.add(start)
     try:
-        save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        # One entry: safetensors writes several in an order that changes from call to call.
+        save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
     except SafetensorError as error:
         raise OSError(str(error)) from None
 

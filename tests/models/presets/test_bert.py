@@ -15,7 +15,7 @@ from polymodal.models.presets.bert import BERT
 from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters
 
-from .reference import assert_close, assert_same_weights, randomise
+from .reference import assert_close, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,8 +24,7 @@ TEXTS = ["A red cube and blue cubes.", "red", "a blue cube", ""]
 KINDS = ("BertModel", "BertForMaskedLM", "BertForPreTraining")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def make(folder: Path, kind: str) -> Path:
     config = transformers.BertConfig(
         vocab_size=16,
         hidden_size=32,
@@ -34,14 +33,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         intermediate_size=40,
         max_position_embeddings=24,
     )
-    found = {}
-    for kind in KINDS:
-        folder = tmp_path_factory.mktemp(kind)
-        (folder / "vocab.txt").write_text("\n".join(WORDS))
-        torch.manual_seed(0)
-        randomise(getattr(transformers, kind)(config)).save_pretrained(folder)
-        found[kind] = folder
-    return found
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    torch.manual_seed(0)
+    return save_reference(randomise(getattr(transformers, kind)(config)), folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
 
 
 def encoded(folder: Path) -> Any:

@@ -30,10 +30,8 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+def make(folder: Path) -> tuple[Path, Any, Any]:
     """A folder with a random reference, the reference, and its inputs for the samples."""
-    folder = tmp_path_factory.mktemp("blip2")
     words = bert_tokenizer(64)
     config = transformers.Blip2Config(
         vision_config=transformers.Blip2VisionConfig(**VISION),
@@ -58,6 +56,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     inputs = {**words(TEXTS, padding=True, return_tensors="pt"), **images(PICTURES, return_tensors="pt")}
     inputs.pop("token_type_ids", None)
     return folder, model, inputs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    return make(tmp_path_factory.mktemp("blip2"))
 
 
 def test_matches_equal_the_reference(made: tuple[Path, Any, Any]) -> None:

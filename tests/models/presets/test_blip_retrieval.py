@@ -34,10 +34,8 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+def make(folder: Path) -> tuple[Path, Any, Any]:
     """A folder with a random reference whose widths differ, the reference, and its inputs for the samples."""
-    folder = tmp_path_factory.mktemp("blip")
     tokenizer = bert_tokenizer(16)
     sizes = {"num_attention_heads": 4, "intermediate_size": 48}
     config = transformers.BlipConfig(
@@ -55,6 +53,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     save_reference(model, folder, processor)
     inputs = processor(PICTURES, TEXTS, padding=True, return_tensors="pt")
     return folder, model, inputs
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    return make(tmp_path_factory.mktemp("blip"))
 
 
 def test_matches_equal_the_reference(made: tuple[Path, Any, Any]) -> None:

@@ -78,9 +78,7 @@ def _write(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data))
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("onevision")
+def make(folder: Path) -> Path:
     words = byte_tokenizer(bos=None)
     words.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
     config = transformers.LlavaOnevisionConfig(
@@ -102,6 +100,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     videos = {"do_resize": True, "size": side, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255}
     videos |= {"do_center_crop": None, "crop_size": None, "do_normalize": True, **half}
     _write(folder / "video_preprocessor_config.json", videos)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = make(tmp_path_factory.mktemp("onevision"))
     return folder, transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(folder).eval()
 
 

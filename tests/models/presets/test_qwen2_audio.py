@@ -43,9 +43,7 @@ PROMPTS: list[list[Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    folder = tmp_path_factory.mktemp("qwen2_audio")
+def make(folder: Path) -> Path:
     words = byte_tokenizer(bos=None)
     words.add_special_tokens({"additional_special_tokens": _CONTROLS})
     config = transformers.Qwen2AudioConfig(
@@ -65,6 +63,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     # The library's own template for chats, which it takes where none is given.
     transformers.Qwen2AudioProcessor(extractor, words).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = make(tmp_path_factory.mktemp("qwen2_audio"))
     return folder, transformers.Qwen2AudioForConditionalGeneration.from_pretrained(folder).eval()
 
 

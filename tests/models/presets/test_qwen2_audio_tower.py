@@ -25,8 +25,7 @@ library = pytest.importorskip("transformers.models.qwen2_audio.modeling_qwen2_au
 RATE = 16_000
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make(folder: Path) -> Path:
     """A tower of clips of one second."""
     config = transformers.Qwen2AudioEncoderConfig(
         d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, num_mel_bins=16,
@@ -34,7 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1, return_attention_mask=True)
     model = randomise(transformers.Qwen2AudioEncoder(config))
-    return save_reference(model, tmp_path_factory.mktemp("tower"), extractor)
+    return save_reference(model, folder, extractor)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("tower"))
 
 
 def waves(*lengths: int) -> list[np.ndarray]:

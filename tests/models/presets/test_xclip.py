@@ -24,8 +24,7 @@ transformers = pytest.importorskip("transformers")
 TEXTS = ["a red dog", "the cat on the grass, 2 dogs!", "a"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make(folder: Path) -> Path:
     from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 
     tokenizer = clip_tokenizer(16)
@@ -46,7 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     processor = VideoMAEImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     model = randomise(transformers.XCLIPModel(config))
-    return save_reference(model, tmp_path_factory.mktemp("xclip"), processor, tokenizer)
+    return save_reference(model, folder, processor, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("xclip"))
 
 
 def videos() -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from torch import nn
 from polymodal.core.errors import CheckpointError
 from polymodal.models.weights import HubFolder
 from polymodal.models.weights.assign import assign, no_weights, num_parameters, wanted_names, without_memory
+from polymodal.models.weights.folder import check_new
 
 
 @pytest.fixture
@@ -102,3 +103,13 @@ def test_a_wrong_shape_changes_nothing():
     with pytest.raises(CheckpointError, match="file: the network has no stray"):
         assign(network, {"stray": torch.ones(2)}, "file")
     assert network.embed.weight is before
+
+
+def test_nothing_is_written_over(tmp_path):
+    check_new(tmp_path / "new")
+    check_new(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not empty; choose a new folder"):
+        check_new(tmp_path)
+    with pytest.raises(CheckpointError, match="file: is a file; choose a new folder"):
+        check_new(tmp_path / "file")

@@ -17,7 +17,7 @@ from polymodal.core.errors import CorruptMediaError, UnsupportedMediaError
 from polymodal.core.limits import Limits
 from polymodal.core.parts import Image
 from polymodal.modalities.decoding import is_encoded, named_errors
-from polymodal.modalities.image.header import ImageHeader, header_of, opened_image, probe_image
+from polymodal.modalities.image.header import ImageHeader, header_of, opened_image, probe_image, settled_header
 
 _WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 _PLAIN = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
@@ -40,12 +40,13 @@ def decode_image(part: Image, limits: Limits) -> NDArray[np.uint8]:
     if not is_encoded(part):
         probe_image(part, limits)
         return _array_pixels(part.source)
-    with opened_image(part, limits) as image:
-        header = header_of(part, image, limits)
-        if header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L"):
-            pixels = _jpeg_pixels(part, limits)
-        else:
-            pixels = _pillow_pixels(part, image)
+    known = settled_header(part, limits)
+    if known is not None and _is_plain_jpeg(known):
+        header, pixels = known, _jpeg_pixels(part, limits)
+    else:
+        with opened_image(part, limits) as image:
+            header = header_of(part, image, limits)
+            pixels = _jpeg_pixels(part, limits) if _is_plain_jpeg(header) else _pillow_pixels(part, image)
     pixels = _upright(pixels, header)
     if pixels.shape[:2] != (header.height_px, header.width_px):
         raise CorruptMediaError(
@@ -54,6 +55,11 @@ def decode_image(part: Image, limits: Limits) -> NDArray[np.uint8]:
             f"the content has {pixels.shape[1]} x {pixels.shape[0]}",
         )
     return pixels
+
+
+def _is_plain_jpeg(header: ImageHeader) -> bool:
+    """Whether the faster decoder takes it."""
+    return header.format in ("JPEG", "MPO") and header.mode in ("RGB", "L")
 
 
 def _jpeg_pixels(part: Image, limits: Limits) -> NDArray[np.uint8]:

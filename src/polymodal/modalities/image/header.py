@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import PIL.Image
 
 from polymodal.core.errors import CorruptMediaError, LimitError, UnsupportedMediaError
 from polymodal.core.limits import Limits
-from polymodal.core.parts import Image
+from polymodal.core.parts import FileState, Image, settled_state
 from polymodal.modalities.decoding import check_array, describe_head, is_encoded, named_errors, opened
 from polymodal.modalities.image.complete import check_complete
 
@@ -57,8 +58,7 @@ def probe_image(part: Image, limits: Limits) -> ImageHeader:
     if isinstance(part.source, PIL.Image.Image):
         return header_of(part, part.source, limits)
     if is_encoded(part):
-        with opened_image(part, limits) as image:
-            return header_of(part, image, limits)
+        return settled_header(part, limits) or _read_header(part, limits)
     array = check_array(part, TAKES)
     if array.dtype != np.uint8:
         hint = "; multiply by 255 and cast" if array.dtype.kind == "f" else ""
@@ -69,6 +69,35 @@ def probe_image(part: Image, limits: Limits) -> ImageHeader:
         )
     mode = "L" if array.ndim == 2 else ("RGB" if array.shape[2] == 3 else "RGBA")
     return _within(part, ImageHeader(array.shape[1], array.shape[0], "array", mode), limits)
+
+
+def settled_header(part: Image, limits: Limits) -> ImageHeader | None:
+    """The header of a file, read once as long as the file does not change; None of a new file, or of no file.
+
+    Planning, decoding and every later epoch ask for it, and reading it takes longer than asking whether the file is
+    still the same.
+
+    Raises:
+        MediaError: as :func:`probe_image` does.
+    """
+    path = part.path
+    if path is None:
+        return None
+    try:
+        state = settled_state(path)
+    except (OSError, ValueError):
+        return None  # whoever opens the file says what is wrong with it
+    return None if state is None else _header_of_file(part.name, state, limits)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _header_of_file(name: str, _state: FileState, limits: Limits) -> ImageHeader:
+    return _read_header(Image(name), limits)
+
+
+def _read_header(part: Image, limits: Limits) -> ImageHeader:
+    with opened_image(part, limits) as image:
+        return header_of(part, image, limits)
 
 
 @contextmanager

@@ -115,8 +115,14 @@ class ImageReaderConfig(ReaderConfig):
             )
         return self
 
-    def fit(self, pixels_HW3: NDArray[np.uint8], canvas_px: tuple[int, int], fit: Fit) -> NDArray[np.float32]:
-        """Pixels as model input on a canvas of these rows and columns, float32 ``[3, h, w]``."""
+    def fit(
+        self,
+        pixels_HW3: NDArray[np.uint8],
+        canvas_px: tuple[int, int],
+        fit: Fit,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Pixels as model input on a canvas of these rows and columns, float32 ``[3, h, w]``; in ``out``, if given."""
         return fit_to_canvas(
             pixels_HW3,
             canvas_px,
@@ -127,6 +133,7 @@ class ImageReaderConfig(ReaderConfig):
             shortest_edge_px=self.shortest_edge_px,
             fill=self.fill,
             rescale=self.rescale,
+            out=out,
         )
 
 
@@ -151,6 +158,13 @@ class ImageReader(Reader):
 
     def read(self, part: Part) -> ModelInput:
         """Decode, fit, normalise and cut: float32 ``[3, size_px, size_px]`` tiles, thumbnail first, then row by row."""
+        return self._read(part, None)
+
+    def read_into(self, part: Part, rows_U: NDArray[np.float32]) -> ModelInput:
+        """See :meth:`Reader.read_into`: a picture of one tile is written where it belongs."""
+        return self._read(part, rows_U[0] if len(rows_U) == 1 else None)
+
+    def _read(self, part: Part, row_3SS: NDArray[np.float32] | None) -> ModelInput:
         pixels = decode_image(expect_part(part, Image), self.limits)
         if self.config.centre_share is not None:
             pixels = centre_square(pixels, self.config.centre_share)
@@ -158,7 +172,8 @@ class ImageReader(Reader):
         header = ImageHeader(width, height, "decoded", "RGB")
         grid, has_thumbnail = self._layout(header)
         config, side = self.config, self.config.size_px
-        canvas = config.fit(pixels, (grid[0] * side, grid[1] * side), config.resize)
+        row_3SS = row_3SS if grid == (1, 1) else None
+        canvas = config.fit(pixels, (grid[0] * side, grid[1] * side), config.resize, row_3SS)
         units = _cut(canvas, grid, side)
         if config.keep_tiles is not None and config.keep_tiles < len(units):
             units = [units[place] for place in most_varied(units, config.keep_tiles)]

@@ -47,6 +47,7 @@ def fit_to_canvas(
     shortest_edge_px: int | None = None,
     fill: Fill = "mean",
     rescale: float = 1 / 255,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Resize (antialiased), place and normalise.
 
@@ -61,6 +62,7 @@ def fit_to_canvas(
             least that covers the canvas.
         fill: what padding is filled with.
         rescale: factor of a pixel.
+        out: float32 ``[3, h, w]`` to write the result into; None: a new array.
 
     Returns:
         float32 ``[3, h, w]``: ``(pixel * rescale - mean) / std``.
@@ -71,18 +73,19 @@ def fit_to_canvas(
     if fit == "pad":
         inner_h, inner_w = _inside(pixels_HW3.shape[:2], canvas_px)
         resized = _resize(pixels_HW3, (inner_h, inner_w), None, resample)
-        canvas = np.zeros((3, height, width), np.float32)
+        canvas = np.empty((3, height, width), np.float32) if out is None else out
+        canvas[:] = 0
         if fill == "black":
             canvas -= (np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None, None]
         top, left = (height - inner_h) // 2, (width - inner_w) // 2
-        canvas[:, top : top + inner_h, left : left + inner_w] = normalised(resized, mean, std, rescale)
+        normalised(resized, mean, std, rescale, canvas[:, top : top + inner_h, left : left + inner_w])
         return canvas
     if fit == "crop":
-        return normalised(_cropped(pixels_HW3, canvas_px, shortest_edge_px, resample), mean, std, rescale)
+        return normalised(_cropped(pixels_HW3, canvas_px, shortest_edge_px, resample), mean, std, rescale, out)
     if fit == "pad_square":
         colour = (0, 0, 0) if fill == "black" else tuple(int(value / rescale) for value in mean)
         pixels_HW3 = _squared(pixels_HW3, colour)
-    return normalised(_resize(pixels_HW3, canvas_px, None, resample), mean, std, rescale)
+    return normalised(_resize(pixels_HW3, canvas_px, None, resample), mean, std, rescale, out)
 
 
 def normalised(
@@ -90,11 +93,12 @@ def normalised(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     rescale: float = 1 / 255,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """``(pixel * rescale - mean) / std`` as float32 ``[3, H, W]``."""
+    """``(pixel * rescale - mean) / std`` as float32 ``[3, H, W]``, in ``out`` if it is given."""
     scale = (rescale / np.asarray(std)).astype(np.float32)
     offset = (np.asarray(mean) / np.asarray(std)).astype(np.float32)
-    result = np.empty((3, *pixels_HW3.shape[:2]), np.float32)
+    result: NDArray[np.float32] = np.empty((3, *pixels_HW3.shape[:2]), np.float32) if out is None else out
     np.multiply(pixels_HW3.transpose(2, 0, 1), scale[:, None, None], out=result)
     result -= offset[:, None, None]
     return result

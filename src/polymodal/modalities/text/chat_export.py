@@ -12,6 +12,9 @@ from polymodal.modalities.text.tokenizer import END, START, Tokenizer
 def template_of(chat: Chat, tokenizer: Tokenizer) -> str | None:
     """The Jinja template that renders what ``chat`` renders, for conversations of text.
 
+    Where the tokenizer names a placeholder of media, contents may be lists of parts as well, as processors of several
+    modalities write them; every part that is no text becomes one placeholder.
+
     Args:
         chat: a format, or a template, which is returned as it is.
         tokenizer: whose own start and end token the template spells out.
@@ -32,7 +35,13 @@ def template_of(chat: Chat, tokenizer: Tokenizer) -> str | None:
     def literal(items: tuple[str, ...]) -> str:
         return "{{ " + json.dumps("".join(spelled.get(item, item) for item in items)) + " }}" if items else ""
 
-    def turn(shape: Turn, content: str = "{{ message['content'] }}") -> str:
+    said = "{{ message['content'] }}"
+    if tokenizer.names.media is not None:
+        part = "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}" + literal((tokenizer.names.media,))
+        parts = f"{{% for part in message['content'] %}}{part}{{% endif %}}{{% endfor %}}"
+        said = f"{{% if message['content'] is string %}}{said}{{% else %}}{parts}{{% endif %}}"
+
+    def turn(shape: Turn, content: str = said) -> str:
         return literal((*shape.before, shape.gap)) + content + literal(shape.after)
 
     user = turn(chat.user)

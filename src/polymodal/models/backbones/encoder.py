@@ -17,6 +17,7 @@ from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
 from polymodal.models.backbones.decoder import Look
 from polymodal.models.layers import Layout, Memory, Transformer, TransformerConfig, initialise
+from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.multiway import Multiway, MultiwayConfig
 
 Tokens = Mapping[str, Tensor]
@@ -183,6 +184,48 @@ class EncoderBackbone(nn.Module):
         if self.pooler is not None:
             pooled_SW = torch.tanh(self.pooler(pooled_SW))
         return JointStates(states, {name: is_valid[name] for name in names}, pooled_SW)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether :meth:`write` works: the stack is a plain one, to which the order of the tokens says nothing."""
+        return isinstance(self.transformer, Transformer) and self.config.transformer.relative_buckets is None
+
+    def new_cache(self, rows: int, max_tokens: int) -> KVCache:
+        """An empty cache for :meth:`write`, for so many tokens of all streams."""
+        assert isinstance(self.transformer, Transformer)
+        return self.transformer.new_cache(rows, max_tokens + (self.cls_token is not None))
+
+    def write(
+        self, name: str, x_STW: Tensor, cache: KVCache, tokens: Tokens | None = None, memory: Memory | None = None
+    ) -> Tensor:
+        """States ``[S, T, W]`` of the next tokens of a causal stream; keys and values of those before are kept.
+
+        Args:
+            name: the stream.
+            x_STW: its new tokens.
+            cache: what was read before; if it is empty, ``tokens`` are read first.
+            tokens: those of the other streams of the sequence, all of them valid.
+            memory: what cross-attention looks at.
+        """
+        parts, is_causal = [self._typed(name, x_STW)], [True] * x_STW.shape[1]
+        if not cache.length:
+            before = {n: tokens[n] for n in self.order if tokens and n in tokens}
+            if self.cls_token is not None:
+                # It belongs to the first stream, as in `forward`.
+                first = next(n for n in self.order if n == name or n in before)
+                parts.insert(0, self.cls_token.to(x_STW.dtype).expand(len(x_STW), 1, -1))
+                is_causal.insert(0, first == name)
+            parts = [*(self._typed(n, x) for n, x in before.items()), *parts]
+            is_causal = [False] * sum(x.shape[1] for x in before.values()) + is_causal
+        read_STW = torch.cat(parts, dim=1)
+        if self.input_norm is not None:
+            read_STW = self.input_norm(read_STW)
+        layout = Layout(causal=True)
+        if not cache.length:
+            is_valid_ST = torch.ones(read_STW.shape[:2], dtype=torch.bool, device=read_STW.device)
+            layout = Layout.prefixed(is_valid_ST, torch.tensor(is_causal, device=read_STW.device))
+        states_STW: Tensor = self.transformer(read_STW, layout, cache, memory)
+        return states_STW[:, -x_STW.shape[1] :]
 
     def _typed(self, name: str, x_SMW: Tensor) -> Tensor:
         return x_SMW if self.token_types is None else x_SMW + self.token_types[name].to(x_SMW.dtype)

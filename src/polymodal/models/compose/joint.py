@@ -109,11 +109,7 @@ class JointRun:
         self, tokens: Mapping[str, Tensor], is_valid: Mapping[str, Tensor], causal: Collection[str] = ()
     ) -> JointStates:
         """The backbone's states of laid-out tokens."""
-        watched = [name for name in self.model.config.watched_streams if name in tokens]
-        memory = None
-        if watched:
-            x_SMW = torch.cat([tokens[name] for name in watched], dim=1)
-            memory = Memory(x_SMW, torch.cat([is_valid[name] for name in watched], dim=1))
+        memory = self.memory(tokens, is_valid)
         own = [name for name in self.model.config.sequence_streams if name in tokens]
         if not own:
             tokens, is_valid = self._no_tokens(next(iter(tokens.values())))
@@ -121,6 +117,14 @@ class JointRun:
         given, valid = {n: tokens[n] for n in own}, {n: is_valid[n] for n in own}
         states: JointStates = self.backbone(given, valid, memory, causal)
         return states
+
+    def memory(self, tokens: Mapping[str, Tensor], is_valid: Mapping[str, Tensor]) -> Memory | None:
+        """What the backbone looks at beside its sequence; None: nothing."""
+        watched = [name for name in self.model.config.watched_streams if name in tokens]
+        if not watched:
+            return None
+        x_SMW = torch.cat([tokens[name] for name in watched], dim=1)
+        return Memory(x_SMW, torch.cat([is_valid[name] for name in watched], dim=1))
 
     def _no_tokens(self, like: Tensor) -> tuple[Tokens, Tokens]:
         """A sequence that holds nothing of the first stream, for batches that hold only what is looked at."""
@@ -317,13 +321,19 @@ class JointRun:
             is_valid: likewise.
         """
         name = head.config.stream
-        stream: Any = self.model.streams[name]
-        found = stream.encoder(ids_ST, torch.full((len(ids_ST),), ids_ST.shape[1], device=ids_ST.device))
-        pair = (found.x_UND, found.is_valid_UN)
-        x_STW, valid_ST = pair if stream.connector is None else stream.connector(*pair)
+        x_STW, valid_ST = self.text_tokens(head, ids_ST)
         states = self.states({**tokens, name: x_STW}, {**is_valid, name: valid_ST}, causal=(name,))
         logits_SV: Tensor = head(states.x[name][:, -1])
         return logits_SV
+
+    def text_tokens(self, head: MaskedTokenHead, ids_ST: Tensor) -> tuple[Tensor, Tensor]:
+        """Connected tokens ``[S, T, W]`` of whole texts of a head's stream, and that all are valid ``[S, T]``."""
+        stream: Any = self.model.streams[head.config.stream]
+        found = stream.encoder(ids_ST, torch.full((len(ids_ST),), ids_ST.shape[1], device=ids_ST.device))
+        x_STW, valid_ST = pair = (found.x_UND, found.is_valid_UN)
+        if stream.connector is not None:
+            x_STW, valid_ST = stream.connector(*pair)
+        return x_STW, valid_ST
 
 
 def token_head(model: MultimodalModel, needed: TokenPass) -> MaskedTokenHead:

@@ -6,7 +6,7 @@ Shape legend: ``U`` units, ``N`` features, ``M`` tokens, ``D`` width, ``I`` item
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import accumulate, pairwise
@@ -37,6 +37,7 @@ from polymodal.models.layers.dropping import Dropping, MediaDrop
 from polymodal.models.layers.memory import Memory
 
 Words = tuple[Tensor, Tensor]
+Within = Callable[[], AbstractContextManager[Any]]
 
 
 class Stream(nn.Module):
@@ -64,7 +65,8 @@ class MultimodalModel(nn.Module):
         config: the model.
         vocab_size: size of the tokenizer.
         controls: per text stream, the control tokens of its tokenizer and their ids, for masked modelling.
-        later: encoders and the backbone, by path, that are built without memory, as they are replaced before use.
+        later: encoders, the backbone and heads, by path, whose weights are put in before use, and what they are built
+            within: a context in which they take no memory; "" for all of them.
     """
 
     config: ModelConfig
@@ -74,7 +76,7 @@ class MultimodalModel(nn.Module):
         config: ModelConfig,
         vocab_size: int,
         controls: Mapping[str, Mapping[str, int]] | None = None,
-        later: Collection[str] = (),
+        later: Mapping[str, Within] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -86,7 +88,7 @@ class MultimodalModel(nn.Module):
         for name, given in config.streams.items():
             stream = _with_vocabulary(given, vocab_size)
             out_dim = None if stream.enters.use == "none" else _tokens_width(config, name, entered)
-            with _memory(f"streams.{name}.encoder", later):
+            with _within(f"streams.{name}.encoder", later):
                 encoder = stream.encoder.build()
             self.streams[name] = Stream(stream, out_dim, encoder)
         for name, stream in config.streams.items():
@@ -97,7 +99,7 @@ class MultimodalModel(nn.Module):
         self.backbone: nn.Module | None = None
         if isinstance(backbone, CausalConfig):
             look = config.look
-            with _memory("backbone", later):
+            with _within("backbone", later):
                 self.backbone = (backbone if look is None else backbone.looking(look)).build(vocab_size)
         elif isinstance(backbone, EncoderBackboneConfig):
             look = config.look
@@ -117,7 +119,10 @@ class MultimodalModel(nn.Module):
             token_embeddings=self._token_embeddings(),
             query_width=config.query_width,
         )
-        self.heads = nn.ModuleDict({name: head.build(inputs) for name, head in config.heads.items()})
+        self.heads = nn.ModuleDict()
+        for name, head in config.heads.items():
+            with _within(f"heads.{name}", later):
+                self.heads[name] = head.build(inputs)
 
     def _token_embeddings(self) -> dict[str, nn.Embedding]:
         found = {name: getattr(stream.encoder, "token_embed", None) for name, stream in self.streams.items()}
@@ -304,9 +309,10 @@ class MultimodalModel(nn.Module):
         return torch.as_tensor(self.head("next_token")(states))
 
 
-def _memory(path: str, later: Collection[str]) -> AbstractContextManager[Any]:
+def _within(path: str, later: Mapping[str, Within] | None) -> AbstractContextManager[Any]:
     """What a part is built within."""
-    return torch.device("meta") if path in later else nullcontext()
+    found = later or {}
+    return found.get(path, found.get("", nullcontext))()
 
 
 def _tokens_width(config: ModelConfig, stream: str, entered: int | None) -> int | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NormKind = Literal["layer", "rms", "batch"]
@@ -15,6 +17,16 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """Same shape; statistics of the batch while training, the running ones otherwise."""
         return super().forward(input.flatten(0, -2)).view_as(input)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation; a stream of more bits than the weights is normalised before it is rounded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape."""
+        if x.dtype.itemsize > self.weight.dtype.itemsize and not torch.is_autocast_enabled(x.device.type):
+            return F.rms_norm(x, self.normalized_shape, eps=self.eps).to(self.weight.dtype) * self.weight
+        return super().forward(x)
 
 
 def build_norm(kind: NormKind, width: int, eps: float, bias: bool = True) -> nn.LayerNorm | nn.RMSNorm | TokenBatchNorm:
@@ -31,4 +43,4 @@ def build_norm(kind: NormKind, width: int, eps: float, bias: bool = True) -> nn.
         return TokenBatchNorm(width, eps=eps)
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)
-    return nn.RMSNorm(width, eps=eps)
+    return RMSNorm(width, eps=eps)

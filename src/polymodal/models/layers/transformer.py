@@ -309,9 +309,11 @@ class Transformer(nn.Module):
         """What all layers of one pass share; for callers that run the blocks themselves with :meth:`run_block`."""
         tokens, theta = x_BTD.shape[1], self.config.rope_theta
         if cache is not None:
-            if not layout.causal or layout.segment_lengths is not None:
+            is_prefixed = layout.is_causal_T is not None and not cache.length and not cache.num_virtual
+            if not (layout.causal or is_prefixed) or layout.segment_lengths is not None:
                 raise ConfigError("found a cache with a packed or bidirectional layout, expected causal padded rows")
             positions_BT, mask, is_first = cache.begin(tokens)
+            mask = layout.mask if is_prefixed else mask
             is_causal = is_first and mask is None
         else:
             positions_BT, mask, is_first = layout.positions(tokens, x_BTD.device), layout.mask, False

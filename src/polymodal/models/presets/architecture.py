@@ -66,6 +66,9 @@ class Architecture:
             others of the same ``model_type``; empty for all.
         config_file: what an export calls its config.
         weights_file: what an export calls its weights.
+        float32: pieces of stored names (``wo`` of ``block.0.wo.weight``) whose tensors compute in float32 in a float16
+            checkpoint, where the architecture would overflow or lose too much otherwise (the library's
+            ``_keep_in_fp32_modules``).
     """
 
     name: str
@@ -78,6 +81,7 @@ class Architecture:
     classes: tuple[str, ...] = ()
     config_file: str = "config.json"
     weights_file: str = "model.safetensors"
+    float32: tuple[str, ...] = ()
 
     def reads(self, configs: HubConfigs) -> bool:
         """Whether it reads a checkpoint of these configs."""

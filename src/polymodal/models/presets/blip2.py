@@ -316,5 +316,6 @@ BLIP2 = Architecture(
         "blip2-flan-t5-xxl": size(T5.sizes["flan-t5-xxl"].config, 12_229_596_672),
     },
     classes=(KIND,),
+    float32=("query_tokens", "qformer", "wo"),
 )
 """See the module."""

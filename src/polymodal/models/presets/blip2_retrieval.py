@@ -153,5 +153,6 @@ BLIP2_RETRIEVAL = Architecture(
     to_hub=to_hub,
     sizes={"blip2-itm-vit-g": _size(1_172_032_258), "blip2-itm-vit-g-coco": _size(1_172_032_258)},
     classes=(KIND,),
+    float32=("query_tokens", "qformer"),
 )
 """See the module."""

@@ -140,5 +140,6 @@ INSTRUCTBLIP = Architecture(
         "instructblip-flan-t5-xl": _size(dict(T5.sizes["flan-t5-xl"].config), 4_022_969_088),
         "instructblip-flan-t5-xxl": _size(dict(T5.sizes["flan-t5-xxl"].config), 12_310_119_168),
     },
+    float32=("query_tokens", "wo"),
 )
 """See the module."""

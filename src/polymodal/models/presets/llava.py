@@ -208,6 +208,11 @@ def hub_config(
     language = language_of(model.backbone)
     rows = model.tokenizer.rows or vocabulary.size
     image_token = model.tokenizer.media or _IMAGE_TOKEN
+    if image_token not in vocabulary.controls:
+        raise ConfigError(
+            f"{kind}: the tokenizer has no control token {image_token!r} to stand for a picture; name one of it that "
+            "no text holds, model: {tokenizer: {media: <unk>}}"
+        )
     strategy = "default" if is_clip else "full"
     special = {
         "bos_token_id": vocabulary.bos_id,
@@ -228,7 +233,7 @@ def hub_config(
         "vision_feature_layer": encoder.layer,
         "vision_feature_select_strategy": strategy,
         "projector_hidden_act": hub_activation(connector.activation),
-        "image_token_index": vocabulary.controls.get(image_token, 0),
+        "image_token_index": vocabulary.controls[image_token],
     }
     processor: dict[str, Any] = {"image_token": image_token, "vision_feature_select_strategy": strategy}
     if kind != "llava_onevision":

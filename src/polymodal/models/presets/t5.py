@@ -255,5 +255,6 @@ T5 = Architecture(
         "flan-t5-xl": _size(2048, 24, 32, 5120, 2_849_757_184, **_FLAN),
         "flan-t5-xxl": _size(4096, 24, 64, 10_240, 11_135_332_352, **_FLAN),
     },
+    float32=("wo",),
 )
 """See the module."""

@@ -25,6 +25,17 @@ _OPEN_CLIP_WEIGHTS = (OPEN_CLIP_WEIGHTS, "open_clip_pytorch_model.bin")
 """The same for folders of ``open_clip``, whose repositories may hold both layouts."""
 
 
+def check_new(folder: Path) -> None:
+    """Make sure that nothing is written over.
+
+    Raises:
+        CheckpointError: if it is there, unless as an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = "is not empty" if folder.is_dir() else "is a file"
+        raise CheckpointError(f"{folder}: {found}; choose a new folder")
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is laid out as model hubs do."""
     return any((folder / name).is_file() for name in (CONFIG, OPEN_CLIP_CONFIG))

@@ -97,8 +97,8 @@ def test_a_batch_that_was_cut_off_is_asked_again(tmp_path: Path, task: Questions
     stored, part = tmp_path / "p.jsonl", tmp_path / "p.jsonl.part"
     killed_after(2, task, stored)
     lines = part.read_bytes().splitlines(keepends=True)
-    for cut in (b"".join(lines[:12]) + lines[12][:20], b"".join(lines[:12]) + b"{no JSON}\n"):
-        part.write_bytes(cut)
+    for cut in (lines[12][:20], b"{no JSON}\n", lines[12][:-1]):
+        part.write_bytes(b"".join(lines[:12]) + cut)
         model = Reader()
         evaluate(model, task, predictions=stored, fingerprint="m")
         assert sum(model.calls[:7]) == 52

@@ -85,6 +85,8 @@ class Predictions:
                 record = json.loads(line)
             except ValueError:
                 break
+            if not line.endswith(b"\n"):
+                break
             self._known[record["condition"], record["id"]] = record
             kept += len(line)
         return kept

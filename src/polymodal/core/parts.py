@@ -91,15 +91,16 @@ class Media(Part):
 
     def content_key(self) -> str:
         """Hex digest (128 bits) of the content: equal content has an equal key, wherever it lies."""
-        digest = hashlib.blake2b(self.modality.encode(), digest_size=16)
-        if self.path is not None:
+        if (path := self.path) is not None:
             try:
-                digest = _file_digest(self.modality, self.path)
+                digest = _file_digest(self.modality, path)
             except (OSError, ValueError) as error:
                 raise CorruptMediaError(self.name, f"cannot be read: {_reason(error)}") from None
         elif isinstance(self.source, bytes | bytearray | memoryview):
+            digest = _new_digest(self.modality)
             digest.update(self.source)
         else:
+            digest = _new_digest(self.modality)
             array = np.ascontiguousarray(self.source)
             digest.update(f"{array.dtype}{array.shape}".encode())
             digest.update(array.tobytes())
@@ -109,6 +110,10 @@ class Media(Part):
     def details(self) -> tuple[object, ...]:
         """What besides the bytes decides the content (a rate, channel names)."""
         return ()
+
+
+def _new_digest(modality: str) -> hashlib.blake2b:
+    return hashlib.blake2b(modality.encode(), digest_size=16)
 
 
 def _file_digest(modality: str, path: Path) -> hashlib.blake2b:
@@ -141,7 +146,7 @@ def _settled_digest(modality: str, path: Path, _state: FileState) -> hashlib.bla
 
 
 def _fresh_digest(modality: str, path: Path) -> hashlib.blake2b:
-    digest = hashlib.blake2b(modality.encode(), digest_size=16)
+    digest = _new_digest(modality)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -18,8 +18,8 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.passes import TokenPass
 from polymodal.models.backbones.encoder import EncoderBackbone, JointStates
 from polymodal.models.compose.masking import TokenChoice, mask_blocks, mask_tokens, normalised_patches
-from polymodal.models.compose.merge import by_sample, mismatched
-from polymodal.models.compose.negatives import hard_mismatched
+from polymodal.models.compose.merge import by_sample
+from polymodal.models.compose.negatives import mixed_samples
 from polymodal.models.compose.queries import QueryRun
 from polymodal.models.encoders.base import Encoder, Features
 from polymodal.models.encoders.masking import PatchMasking
@@ -155,12 +155,7 @@ class JointRun:
                 outputs.match_logits = self.model.heads[name](outputs.merged).squeeze(-1)
         if mismatches is None:
             return
-        mixed: Mapping[str, Tensor]
-        valid: Mapping[str, Tensor]
-        if mismatches == "hard":
-            mixed, valid, samples = hard_mismatched(tokens, is_valid, outputs.embeddings, self.batch.labels)
-        else:
-            mixed, valid, samples = mismatched(tokens, is_valid)
+        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings, self.batch.labels)
         outputs.mismatch_samples = samples
         states = self.states(mixed, valid).pooled_SW if len(samples) else outputs.merged[:0]
         outputs.mismatch_logits = self.model.head("matching")(states).squeeze(-1)

@@ -1,4 +1,4 @@
-"""Hard negatives: what looks alike and does not belong together.
+"""Samples mixed of parts that do not belong together: of any others, or of those that look alike.
 
 Legend: ``S`` samples, ``E`` embedding width, ``N`` mixed samples.
 """
@@ -12,8 +12,25 @@ import torch
 from torch import Tensor
 
 from polymodal.core.errors import ConfigError
+from polymodal.models.compose.merge import mismatched
 
 Tokens = Mapping[str, Tensor]
+
+
+def mixed_samples(
+    kind: str,
+    tokens: Tokens,
+    is_valid: Tokens,
+    embeddings: Mapping[str, tuple[Tensor, Tensor]],
+    labels: Sequence[str | None],
+) -> tuple[Tokens, Tokens, Tensor]:
+    """Samples that do not belong together: by :func:`hard_mismatched` if ``kind`` is ``hard``, else of any others.
+
+    Arguments and result are as there.
+    """
+    if kind == "hard":
+        return hard_mismatched(tokens, is_valid, embeddings, labels)
+    return mismatched(tokens, is_valid)
 
 
 def hard_mismatched(

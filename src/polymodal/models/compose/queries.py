@@ -14,8 +14,8 @@ from torch import Tensor
 
 from polymodal.core.batch import Batch, Outputs, TokenOutput
 from polymodal.core.errors import ConfigError
-from polymodal.models.compose.merge import by_sample, mismatched
-from polymodal.models.compose.negatives import hard_mismatched
+from polymodal.models.compose.merge import by_sample
+from polymodal.models.compose.negatives import mixed_samples
 from polymodal.models.connectors.qformer import QFormer
 from polymodal.models.encoders.base import Features
 from polymodal.models.heads.masked_token import MaskedTokenHead
@@ -81,12 +81,7 @@ class QueryRun:
             outputs.mismatch_samples = torch.zeros(0, dtype=torch.int64, device=outputs.match_logits.device)
             outputs.mismatch_logits = outputs.match_logits[:0]
             return
-        mixed: Mapping[str, Tensor]
-        valid: Mapping[str, Tensor]
-        if mismatches == "hard":
-            mixed, valid, samples = hard_mismatched(tokens, is_valid, outputs.embeddings, self.batch.labels)
-        else:
-            mixed, valid, samples = mismatched(tokens, is_valid)
+        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings, self.batch.labels)
         outputs.mismatch_samples = samples
         outputs.mismatch_logits = self._match(mixed, valid) if len(samples) else outputs.match_logits[:0]
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -11,7 +12,8 @@ from PIL import Image
 from polymodal.core.errors import DataError
 from polymodal.core.samples import sample_from_json
 from polymodal.data.scenes import FAMILIES, HELD_OUT, make_scene, make_scenes, questions, scene_samples, text_samples
-from polymodal.data.scenes.captions import MEDIA, facts
+from polymodal.data.scenes.captions import MEDIA, facts, place
+from polymodal.data.scenes.details import details, lookups
 from polymodal.data.scenes.gif import encode_gif
 from polymodal.data.scenes.latent import COLOURS, DIRECTIONS, MOTIONS, SHAPES, SOLIDS, SOUNDS, alone, paired, stratum
 from polymodal.data.scenes.layout import AREAS_PX, NUM_FRAMES, SIDE_PX, STEP_PX, STEPS, holds, radius_px
@@ -252,6 +254,68 @@ def test_text_only_questions_are_decided_by_their_description():
 
 
 # -- media
+
+
+def by_name(scene):
+    return {thing.shape: (index, thing) for index, thing in enumerate(scene.things)}
+
+
+def test_lookups_of_a_picture_tell_where_and_how_large_each_named_thing_is(scenes):
+    kinds = Counter()
+    for scene in scenes[:300]:
+        things = by_name(scene)
+        for text, answer in lookups(scene, "image", scene.words(2)):
+            first, *second = [things[word][1] for word in re.findall(r"\w+", text) if word in things]
+            if second:
+                one, other = (second[0], first) if text.startswith(("On", "Seen")) else (first, second[0])
+                assert holds(one.xy, other.xy, answer), (text, answer)
+            else:
+                assert answer == (first.size if "large" in text or "size" in text else place(first)), (text, answer)
+            kinds[len(second)] += 1
+    assert min(kinds.values()) > 300
+
+
+def test_lookups_of_a_video_tell_what_each_named_thing_does_and_when_it_blinks(scenes):
+    answers = Counter()
+    for scene in scenes[:300]:
+        things = by_name(scene)
+        for text, answer in lookups(scene, "video", scene.words(2)):
+            (index,) = [things[word][0] for word in re.findall(r"\w+", text) if word in things]
+            if "blink" in text:
+                times = [f for f, frame in enumerate(black_pixels(scene)) if frame[index]]
+                assert bool(times) == (answer != "never"), (text, answer)
+                assert answer not in ("first", "once") or min(times) < 3
+                assert answer != "second" or min(times) >= 4
+            else:
+                assert answer == (f"moves {scene.moves[index]}" if scene.moves[index] else "stays")
+            answers[answer] += 1
+    assert {"never", "once", "first", "second", "stays"} < set(answers)
+
+
+def black_pixels(scene):
+    """Per frame, whether the centre of each thing is black."""
+    frames, palette = video_indices(scene)
+    for number, frame in enumerate(frames):
+        seen = []
+        for thing, move in zip(scene.things, scene.moves, strict=True):
+            x, y = (round(at + step * STEP_PX * number) for at, step in zip(thing.video_xy, STEPS[move], strict=True))
+            seen.append(bool((palette[frame[y, x]] < 30).all()))
+        yield seen
+
+
+def test_details_name_two_things_before_they_compare_them(scenes):
+    compared = 0
+    for scene in scenes[:200]:
+        things = by_name(scene)
+        told = details(scene, ("image",), scene.words(2))
+        for other, one, where in re.findall(r"Seen from the (\w+), the (\w+) is (\w+)\.", told):
+            assert holds(things[one][1].xy, things[other][1].xy, where)
+            compared += 1
+        for one, other, again, how in re.findall(r"Of the (\w+) and the (\w+), the (\w+) is (\w+)\.", told):
+            assert again == one and things[one][1].size == {"larger": "large", "smaller": "small"}[how]
+            assert things[one][1].size != things[other][1].size
+            compared += 1
+    assert compared > 400
 
 
 def test_picture_shows_the_things_in_their_colours():

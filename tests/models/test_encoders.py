@@ -8,6 +8,7 @@ from torch import nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.models.encoders import ENCODERS
+from polymodal.models.encoders.cnn_temporal import CnnTemporalConfig, pool_pairs
 from polymodal.models.encoders.point_groups import farthest_points, nearest_points
 from polymodal.models.encoders.spectrum import SpectrumConfig
 from polymodal.models.encoders.vit_trunk import ConvStem
@@ -222,6 +223,28 @@ def test_video_features_stand_frame_by_frame() -> None:
     one, other = per_patch(frames, lengths).x_UND, per_patch(changed, lengths).x_UND
     torch.testing.assert_close(one[:, :8], other[:, :8], atol=1e-6, rtol=1e-6)
     assert not torch.allclose(one[:, 8:], other[:, 8:])
+
+
+def test_every_second_frame_is_kept_by_its_maximum() -> None:
+    x_ULCHW = torch.tensor([[1.0, 4.0, 3.0, 9.0, 5.0]]).view(1, 5, 1, 1, 1)
+    whole = pool_pairs(x_ULCHW, torch.ones(1, 5, dtype=torch.bool))
+    cut = pool_pairs(x_ULCHW, torch.tensor([[True, True, True, False, False]]))
+    assert whole.flatten().tolist() == [4.0, 9.0, 5.0]
+    assert cut.flatten().tolist()[:2] == [4.0, 3.0]
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_padding_frames_change_no_feature_of_a_small_video_network(length: int) -> None:
+    torch.manual_seed(0)
+    encoder = CnnTemporalConfig(image_size=16, width=16, stages=2).build().eval()
+    shake(encoder)
+    video = torch.rand(1, length, 3, 16, 16)
+    padded = torch.cat((video, torch.full((1, 5 - length, 3, 16, 16), 7.0)), 1)
+    alone, inside = (encoder(values, torch.tensor([length])) for values in (video, padded))
+    num_features = encoder.config.num_features(length)
+    torch.testing.assert_close(inside.x_UND[:, :num_features], alone.x_UND)
+    torch.testing.assert_close(inside.pooled_UD, alone.pooled_UD)
+    assert inside.is_valid_UN.sum() == num_features == alone.x_UND.shape[1]
 
 
 def test_tubelets_hold_the_pixels_of_their_place() -> None:

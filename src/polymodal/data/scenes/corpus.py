@@ -32,7 +32,7 @@ from polymodal.data.scenes.captions import (
     pair_facts,
     pair_kinds,
 )
-from polymodal.data.scenes.details import DETAIL_REQUESTS, details
+from polymodal.data.scenes.details import DETAIL_REQUESTS, LOOKUP_MEDIA, details, lookups
 from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene, paired
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
@@ -40,10 +40,22 @@ from polymodal.data.scenes.questions import FAMILIES, Question, questions
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
-FILES = ("views", "objects", "pairs", "hub", "names", "captions", "details", "questions", "dialogues", "text")
+FILES = (
+    "views",
+    "objects",
+    "pairs",
+    "hub",
+    "names",
+    "captions",
+    "details",
+    "lookups",
+    "questions",
+    "dialogues",
+    "text",
+)
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
-VERSION = 5
+VERSION = 6
 """Raised whenever the same seed gives other files."""
 
 ALONE = ("image", "video")
@@ -79,7 +91,7 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and ten JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and eleven JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
     - ``objects``: two lines per scene: one of its things alone, as a picture with its kind and as a video with its kind
@@ -89,6 +101,7 @@ def make_scenes(
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``details``: one conversation per scene and set of media: what is true of each thing, by its name;
+    - ``lookups``: one conversation per picture and per video: short questions about things by their names;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
     - ``text``: conversations without media, about other scenes: descriptions, and questions about a description.
@@ -276,6 +289,10 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         parts = [part[medium] for medium in media_names]
         answer = details(scene, media_names, chosen)
         yield "details", _turn(f"{name}-{'-'.join(media_names)}-details", parts, chosen.choice(asking), answer, meta)
+    for medium in LOOKUP_MEDIA:
+        meta = {"modalities": [medium], "scene": scene.index}
+        turns = lookups(scene, medium, chosen)
+        yield "lookups", _conversation(f"{name}-{medium}-lookups", [part[medium]], turns, meta)
     asked = questions(scene, families, words)
     for question in asked:
         meta = {

@@ -1,7 +1,7 @@
-"""What is true of each thing by its name, sentence by sentence: the thing first, then what has to be looked up.
+"""What is true of things by their names, as sentences and as short questions: the names first, then what is looked up.
 
 A caption goes through the places of a picture and says what stands there. Questions go the other way, from a name to
-a place, a size or a direction; these texts teach that way densely, where a question teaches one word at a time.
+a place, a size or a direction; these texts teach that way densely, with several facts about one medium.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import random
 from collections.abc import Callable
 from itertools import permutations
 
-from polymodal.data.scenes.captions import TO_RELATION, and_list, place
+from polymodal.data.scenes.captions import and_list, place
 from polymodal.data.scenes.latent import RELATIONS, Scene
 from polymodal.data.scenes.layout import holds
+from polymodal.data.scenes.questions import spatial_wordings
 
 DETAIL_REQUESTS = {
     ("image",): ("Describe every object.", "Go through the objects one by one.", "Tell me about each object."),
@@ -22,7 +23,12 @@ DETAIL_REQUESTS = {
 }
 """Per set of media, what a user says to have things described by name."""
 
+LOOKUP_MEDIA = ("image", "video")
+"""The media whose things :func:`lookups` asks about."""
+
 _MAX_RELATIONS = 4
+_MAX_LOOKUPS = 5
+_MAX_RELATIONS_ASKED = 3
 _ORDINALS = ("first", "second")
 
 
@@ -37,14 +43,62 @@ def details(scene: Scene, media: tuple[str, ...], words: random.Random) -> str:
     return _DETAILS[media](scene, words)
 
 
+def lookups(scene: Scene, medium: str, words: random.Random) -> list[tuple[str, str]]:
+    """Short questions about the things of a medium by their names, and the answers, in random order.
+
+    Args:
+        scene: the scene.
+        medium: one of :data:`LOOKUP_MEDIA`.
+        words: the source of choices.
+    """
+    asked = _picture_lookups(scene, words) if medium == "image" else _video_lookups(scene, words)
+    return words.sample(asked, len(asked))
+
+
+def _picture_lookups(scene: Scene, words: random.Random) -> list[tuple[str, str]]:
+    """Where up to five things are or how large, and where up to three are seen from others."""
+    one = []
+    for thing in scene.things:
+        name = thing.shape
+        one.append((words.choice((f"Where is the {name}?", f"In which part is the {name}?")), place(thing)))
+        one.append((words.choice((f"How large is the {name}?", f"What size is the {name}?")), thing.size))
+    two = [
+        (words.choice(spatial_wordings(a.shape, b.shape)), where)
+        for a, b in permutations(scene.things, 2)
+        for where in RELATIONS
+        if holds(a.xy, b.xy, where)
+    ]
+    return words.sample(one, min(_MAX_LOOKUPS, len(one))) + words.sample(two, min(_MAX_RELATIONS_ASKED, len(two)))
+
+
+def _video_lookups(scene: Scene, words: random.Random) -> list[tuple[str, str]]:
+    """What up to five things do, and when they blink."""
+    asked = []
+    for i, thing in enumerate(scene.things):
+        name, move = thing.shape, scene.moves[i]
+        asked.append((words.choice((f"What does the {name} do?", f"How does the {name} move?")), _moving(move)))
+        asked.append((words.choice((f"When does the {name} blink?", f"Does the {name} blink?")), _blinking(scene, i)))
+    return words.sample(asked, min(_MAX_LOOKUPS, len(asked)))
+
+
+def _moving(move: str) -> str:
+    return f"moves {move}" if move else "stays"
+
+
+def _blinking(scene: Scene, index: int) -> str:
+    """``never``, ``once`` where it is the only one, ``first`` or ``second``."""
+    if index not in scene.blinks:
+        return "never"
+    return "once" if len(scene.blinks) == 1 else _ORDINALS[scene.blinks.index(index)]
+
+
 def _in_picture(scene: Scene, index: int) -> str:
     thing = scene.things[index]
     return f"is {thing.size}, {thing.colour} and {place(thing)}"
 
 
 def _in_video(scene: Scene, index: int) -> str:
-    move = scene.moves[index]
-    told = [f"is {scene.things[index].colour}", f"moves {move}" if move else "stays"]
+    told = [f"is {scene.things[index].colour}", _moving(scene.moves[index])]
     if index in scene.blinks:
         told.append("blinks" if len(scene.blinks) == 1 else f"blinks {_ORDINALS[scene.blinks.index(index)]}")
     return and_list(told)
@@ -73,10 +127,11 @@ def _relations(scene: Scene, words: random.Random) -> str:
     """Up to four sentences on two things each: where one is, seen from the other, if that is clear, or its size."""
     told = []
     for one, other in permutations(scene.things, 2):
-        name, than = f"The {one.shape} is", f"the {other.shape}."
-        told += [f"{name} {TO_RELATION[where]} {than}" for where in RELATIONS if holds(one.xy, other.xy, where)]
+        seen = f"Seen from the {other.shape}, the {one.shape} is"
+        told += [f"{seen} {where}." for where in RELATIONS if holds(one.xy, other.xy, where)]
         if one.size != other.size:
-            told.append(f"{name} {'larger' if one.size == 'large' else 'smaller'} than {than}")
+            larger = "larger" if one.size == "large" else "smaller"
+            told.append(f"Of the {one.shape} and the {other.shape}, the {one.shape} is {larger}.")
     return "".join(f" {sentence}" for sentence in words.sample(told, min(_MAX_RELATIONS, len(told))))
 
 

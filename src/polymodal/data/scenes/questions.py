@@ -111,12 +111,16 @@ def _spatial(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str] 
     if scene.relation is None:
         return None
     first, second, where = scene.relation
-    a, b = scene.things[first].shape, scene.things[second].shape
+    return spatial_wordings(scene.things[first].shape, scene.things[second].shape), where
+
+
+def spatial_wordings(a: str, b: str) -> tuple[str, ...]:
+    """The ways to ask where ``a`` is, seen from ``b``."""
     return (
         f"Where is the {a} relative to the {b}?",
         f"On which side of the {b} is the {a}?",
         f"Seen from the {b}, where is the {a}?",
-    ), where
+    )
 
 
 def _comparison(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str] | None:

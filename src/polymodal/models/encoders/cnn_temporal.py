@@ -22,10 +22,12 @@ class CnnTemporalConfig(EncoderConfig):
     """A small (2+1)-dimensional residual network; features are the places of its last grids, in time order.
 
     Every stage is a spatial residual block followed by a residual convolution over three neighbouring frames at each
-    place; stages after the first halve the grid and double the width, the last one also halves the number of frames.
+    place; stages after the first halve the grid and double the width. After the last one the maximum of every two
+    frames is kept, so that what a single frame shows for a moment is still there.
 
-    Source: R(2+1)D, arXiv 1711.11248, section 3.5. Deviations: the temporal convolution is a residual branch of its
-    own; group norm per frame, so that neither padding nor other videos change a feature.
+    Source: R(2+1)D, arXiv 1711.11248, section 3.5; maximum over frames as in C3D, arXiv 1412.0767, section 3.2.
+    Deviations: the temporal convolution is a residual branch of its own; group norm per frame, so that neither padding
+    nor other videos change a feature.
     """
 
     use: Literal["cnn_temporal"] = "cnn_temporal"
@@ -97,6 +99,14 @@ class TemporalMix(nn.Module):
         return mixed
 
 
+def pool_pairs(x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
+    """The maximum of frames 2i and 2i + 1 ``[U, ceil(L / 2), C, H, W]``; a frame without a valid second stays."""
+    first, second = x_ULCHW[:, ::2], x_ULCHW[:, 1::2]
+    paired, alone = first.split([second.shape[1], first.shape[1] - second.shape[1]], dim=1)
+    has_second_UL = is_valid_UL[:, 1::2, None, None, None]
+    return torch.cat((torch.maximum(paired, second.where(has_second_UL, paired)), alone), dim=1)
+
+
 class CnnTemporal(Encoder):
     """See :class:`CnnTemporalConfig`."""
 
@@ -127,9 +137,9 @@ class CnnTemporal(Encoder):
         for spatial, temporal in zip(self.stages, self.temporal, strict=True):
             x = spatial(x).unflatten(0, (num_videos, num_frames))
             x = temporal(x, is_valid_UL).flatten(0, 1)
-        kept_ULCHW = x.unflatten(0, (num_videos, num_frames))[:, ::2]
+        x_ULCHW = pool_pairs(x.unflatten(0, (num_videos, num_frames)), is_valid_UL)
         is_kept_UL = is_valid_UL[:, ::2]
-        x_ULND = self.final_norm(kept_ULCHW.flatten(3).transpose(2, 3))
+        x_ULND = self.final_norm(x_ULCHW.flatten(3).transpose(2, 3))
         is_valid_UN = is_kept_UL.repeat_interleave(self.config.grid**2, dim=1)
         # Pooled without the places: the maximum of a code says nothing, and the mean of all codes is zero.
         pooled_UD = pool_max(x_ULND.flatten(1, 2), is_valid_UN) if self.config.pool == "max" else None

@@ -7,7 +7,17 @@ import io
 import pytest
 from rich.console import Console
 
-from polymodal.training.progress import LineProgress, LiveProgress, Meter, Progress, Update, make_progress, memory_bytes
+from polymodal.training.progress import (
+    LineProgress,
+    LiveProgress,
+    Meter,
+    Progress,
+    Rates,
+    Update,
+    make_progress,
+    memory_bytes,
+    speed_cells,
+)
 
 
 class Clock:
@@ -49,6 +59,11 @@ def test_lines_at_the_first_and_last_update_and_by_time():
     for cell in ("next_token 1.5000", "next_token/image 1.2500", "lr 1.00e-03", "200 tokens/s", "8.0 samples/s", "MiB"):
         assert cell in lines[2]
     assert lines[2].endswith("0:00:02 left") and lines[-1].endswith("0:00:00 left")
+
+
+def test_a_stage_of_view_sets_tells_no_tokens():
+    cells = speed_cells(Rates(tokens_per_s=0.0, samples_per_s=8.0, left_s=1.0))
+    assert cells[0] == "8.0 samples/s" and not any("tokens" in cell for cell in cells)
 
 
 def test_a_resumed_stage_says_so():

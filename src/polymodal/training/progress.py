@@ -176,7 +176,9 @@ def speed_cells(rates: Rates | None) -> list[str]:
     """Speed, memory and time left, as short texts."""
     cells = []
     if rates is not None:
-        cells += [f"{rates.tokens_per_s:,.0f} tokens/s", f"{rates.samples_per_s:,.1f} samples/s"]
+        # View sets are counted in samples; a stage of them has no tokens to tell.
+        cells += [f"{rates.tokens_per_s:,.0f} tokens/s"] if rates.tokens_per_s else []
+        cells.append(f"{rates.samples_per_s:,.1f} samples/s")
     cells += [f"{name} {size / 2**20:,.0f} MiB" for name, size in memory_bytes().items()]
     if rates is not None:
         minutes, seconds = divmod(round(rates.left_s), 60)

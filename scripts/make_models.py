@@ -8,6 +8,7 @@ on models without memory. A test compares the page in the repository with what t
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -117,11 +118,14 @@ def page(parity: dict[str, Any]) -> str:
 
 def main() -> None:
     """Write the page."""
-    if "--measure" in sys.argv[1:]:
-        PARITY.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-    elif "--figures" in sys.argv[1:]:
-        file = Path(sys.argv[sys.argv.index("--figures") + 1])
-        PARITY.write_text(json.dumps(summary(file), indent=1) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--measure", action="store_true")
+    source.add_argument("--figures", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.measure or options.figures:
+        figures = measure() if options.measure else summary(options.figures)
+        PARITY.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     OUT.write_text(page(json.loads(PARITY.read_text(encoding="utf-8"))), encoding="utf-8")
 
 

@@ -5,10 +5,10 @@ Usage: ``python scripts/make_reference.py [FILE]``. A test compares the file in 
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
-import sys
 import textwrap
 import types
 import typing
@@ -215,6 +215,8 @@ def _cell(text: str) -> str:
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1]) if len(sys.argv) > 1 else OUT
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, default=OUT)
+    target = parser.parse_args().file
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(reference(), encoding="utf-8")

@@ -19,7 +19,8 @@ from polymodal.inference.engine import Engine
 from polymodal.inference.sampling import Sampling
 from polymodal.models.layers.dropping import MediaDrop
 from polymodal.recipes.evaluation import evaluate, own_tasks
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.model import Model
+from polymodal.recipes.stored_models import load
 
 PER_FAMILY = 60
 """Questions of each kind in every row."""

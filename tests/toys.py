@@ -116,6 +116,18 @@ class Toy:
         examples = [self.processor.load(self.processor.plan(sample)) for sample in samples]
         return to_device(self.processor.collate(examples, packed), "cpu")
 
+    def learn(self, samples: list[Sample], steps: int, rate: float) -> None:
+        """Train on the next tokens of one packed batch."""
+        batch = self.batch(samples, packed=True)
+        self.network.train()
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate)
+        for _ in range(steps):
+            outputs = self.network(batch)
+            loss = torch.nn.functional.cross_entropy(outputs.token_logits, outputs.token_targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
 
 def tokenizer(chat: str = "turns", vocab_size: int = 300) -> Tokenizer:
     """A byte-level tokenizer with the controls of a chat format."""
@@ -168,6 +180,12 @@ def asked(index: int, *modalities: str, question: str = "What is it?", answer: s
     """One question about media, with its answer."""
     parts = [medium(name, seed=10 * index + place, length=1 + index % 3) for place, name in enumerate(modalities)]
     return conversation(*parts, question, answer=answer, id=f"s{index}")
+
+
+def question(index: int, *modalities: str, text: str = "What is it?") -> Sample:
+    """The same, still to be answered."""
+    answered = asked(index, *modalities, question=text)
+    return Sample(answered.id, answered.messages[:1])
 
 
 def mixed() -> list[Sample]:

@@ -6,6 +6,7 @@ import time
 from inspect import signature
 
 import pytest
+import yaml
 from typer.main import get_command
 
 import polymodal
@@ -58,6 +59,47 @@ def commands():
         yield from ([(name, sub) for sub in inner] if inner else [(name,)])
 
 
+def parameters(words):
+    """The parameters of a command by name."""
+    command = get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    return {parameter.name: parameter for parameter in command.params}
+
+
+WRITERS = [("ask",), ("chat",), ("data", "capfilt")]
+"""Commands whose model writes text."""
+USERS = [*WRITERS, ("embed",), ("evaluate",)]
+"""Commands that run a model; ``export`` only rewrites its files."""
+
+
+def test_commands_alike_have_the_same_options():
+    found = {words: parameters(words) for words in commands()}
+    has = {name: [words for words in found if name in found[words]] for name in ("json", "device", "overrides")}
+    # A conversation is for people.
+    assert has["json"] == [words for words in found if words != ("chat",)]
+    assert set(has["device"]) == set(USERS)
+    assert set(has["overrides"]) == {("quickstart",), ("check",), ("train",)}
+    for name in ("max_new_tokens", "temperature", "top_p", "seed"):
+        texts = {found[words][name].help for words in WRITERS}
+        assert len(texts) == 1 and {words for words in found if name in found[words]} == set(WRITERS)
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_help_says_what_is_needed_and_what_happens_without_an_option(words):
+    for parameter in parameters(words).values():
+        if parameter.param_type_name == "argument":
+            assert parameter.metavar and parameter.metavar.isupper(), parameter.name
+        is_open = parameter.default is None and not parameter.required and parameter.param_type_name == "option"
+        assert parameter.help and (not is_open or "if not given" in parameter.help), parameter.name
+
+
+def test_the_request_of_a_captioner_is_the_librarys():
+    from polymodal.recipes.model import CAPTION_REQUEST
+
+    assert parameters(("data", "capfilt"))["request"].default == CAPTION_REQUEST
+
+
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_every_command_has_help(words, monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, *words, "--help")
@@ -75,7 +117,7 @@ def test_every_command_has_its_function(monkeypatch):
         ("quickstart",): [], ("ask",): ["run", "Why?"], ("chat",): ["run"], ("embed",): ["run", "a"],
         ("check",): ["quickstart"], ("train",): ["quickstart"], ("evaluate",): ["run", "a.jsonl"],
         ("data", "make"): ["scenes", "out"], ("data", "import"): ["csv", "a", "b"], ("data", "inspect"): ["a"],
-        ("data", "capfilt"): ["a", "b", "--filter", "run", "--top-p", "0.9"], ("export",): ["run", "--out", "a"],
+        ("data", "capfilt"): ["a", "b", "--filter", "run"], ("export",): ["run", "--out", "a"],
         ("presets", "list"): [], ("presets", "show"): ["quickstart"],
     }  # fmt: skip
     assert set(examples) == set(commands())
@@ -103,6 +145,7 @@ def test_a_file_system_error_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     status, _, err = run(monkeypatch, capsys, "data", "make", "scenes", str(tmp_path / "file" / "out"), "num_train=1")
     assert status == 2 and err.startswith("error: ") and "Not a directory" in err
+    assert "Errno" not in err and str(tmp_path / "file") in err
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
@@ -128,6 +171,12 @@ def test_json_goes_to_standard_output_alone(monkeypatch, capsys, tmp_path):
     status, out, err = run(monkeypatch, capsys, *arguments)
     assert status == 0 and err == ""
     assert json.loads(out)["scenes"] == {"train": 1, "val": 1, "novel": 0}
+
+
+def test_a_preset_is_printed_as_it_was_written_or_as_data(monkeypatch, capsys):
+    _, text, _ = run(monkeypatch, capsys, "presets", "show", "quickstart")
+    _, data, _ = run(monkeypatch, capsys, "presets", "show", "quickstart", "--json")
+    assert text.startswith("#") and json.loads(data) == yaml.safe_load(text)
 
 
 def test_errors_are_raised_where_python_calls(tmp_path):

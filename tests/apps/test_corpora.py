@@ -133,7 +133,8 @@ def test_capfilt_writes_and_judges_with_runs(tmp_path, capsys):
     pictures = [line for line in lines if "image" in line["views"]][:4]
     (data / "train/pictures.jsonl").write_text("\n".join(map(json.dumps, pictures)) + "\n", encoding="utf-8")
     out, arguments = tmp_path / "out.jsonl", ["data", "capfilt", str(data / "train/pictures.jsonl")]
-    options = ["--filter", str(run), "--captioner", str(run), "--threshold", "-1", "--top-p", "0.9", "--json"]
+    options = ["--filter", str(run), "--captioner", str(run), "--threshold", "-1", "--json", "--device", "cpu"]
+    options += ["--temperature", "1", "--top-p", "0.9", "--seed", "1", "--max-new-tokens", "8"]
     result = CliRunner().invoke(app, [*arguments, str(out), *options])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
@@ -141,6 +142,10 @@ def test_capfilt_writes_and_judges_with_runs(tmp_path, capsys):
     assert report["kept"]["original"] == 4
     kept = open_source(out)
     assert {kept[i].meta["caption"] for i in range(len(kept))} <= {"original", "synthetic"}
+    elsewhere = CliRunner().invoke(
+        app, [*arguments, str(tmp_path / "b.jsonl"), "--filter", str(run), "--device", "tpu"]
+    )
+    assert isinstance(elsewhere.exception, ConfigError) and "device: Input should be" in str(elsewhere.exception)
     again = CliRunner().invoke(app, [*arguments, str(out), "--filter", str(run)])
     assert again.exit_code != 0
     told = CliRunner().invoke(app, [*arguments, str(tmp_path / "b.jsonl"), "--filter", str(run), "--threshold", "-1"])

@@ -13,9 +13,9 @@ from polymodal.apps.output import Bar
 from polymodal.core.errors import CheckpointError, ConfigError, DataError
 from polymodal.evaluation.scores import Report, Row, Score, rescore
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import load
 from polymodal.recipes.quickstart import SIZES, Sizes, run_quickstart
 from polymodal.recipes.quickstart_report import Expected, notes, training_rows
+from polymodal.recipes.stored_models import load
 
 SMALL = Sizes(num_train=12, num_val=6, num_novel=4, per_family=2, per_control=1, searched=20)
 

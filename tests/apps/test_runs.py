@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from polymodal.apps.cli import app
 from polymodal.apps.runs import _print_report
+from polymodal.core.errors import ConfigError
 from polymodal.evaluation.scores import Report, Row, Score
 from polymodal.recipes.loading import preset_names, preset_text
 
@@ -109,3 +110,14 @@ def test_a_run_is_measured_on_the_tasks_of_its_recipe(place: Path, tmp_path: Pat
     refused = call("evaluate", tmp_path / "bare")
     assert refused.exit_code != 0
     assert "names no task under 'evaluate'" in str(refused.exception) + refused.output
+
+
+def test_a_name_that_leads_out_of_runs_needs_a_folder(place: Path) -> None:
+    result = call("train", place / "sound.yaml", "name=../out")
+    assert isinstance(result.exception, ConfigError)
+    assert "name: found '../out', expected the name of a folder below runs; or give --out" in str(result.exception)
+
+
+def test_a_file_where_the_run_should_be_is_refused(place: Path) -> None:
+    result = call("train", place / "sound.yaml", "--out", place / "sound.yaml")
+    assert "sound.yaml: is a file, expected a folder; choose another --out" in str(result.exception)

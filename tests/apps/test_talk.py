@@ -15,7 +15,8 @@ from polymodal.apps import talk
 from polymodal.core.errors import ConfigError, UnsupportedMediaError
 from polymodal.core.parts import Audio, Image, Points, Text
 from polymodal.core.samples import Message
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.model import Model
+from polymodal.recipes.stored_models import load
 
 SHORT = {"max_new_tokens": 4, "temperature": 0.0}
 
@@ -74,6 +75,18 @@ def test_a_named_file_that_is_not_there_is_an_error():
         talk.parse_part("points:none.npy")
 
 
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("https://host/photo.png", "nothing is fetched from the net; download it and name the file"),
+        ("{folder}", "is a folder, expected a file; write text:"),
+    ],
+)
+def test_what_is_no_file_is_not_taken_for_a_question(form, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        talk.parse_part(form.format(folder=tmp_path))
+
+
 def test_ask_prints_the_answer(place, media, model, capsys):
     talk.ask(place / "run", [str(media["image"]), "What is it?"], SHORT, None, None, as_json=False)
     said = capsys.readouterr().out
@@ -93,12 +106,29 @@ def test_ask_needs_a_question(media):
         talk.ask(Path("nowhere"), [str(media["image"])], SHORT, None, None, as_json=False)
 
 
+def test_an_empty_question_is_none(media):
+    with pytest.raises(ConfigError, match=r"found an empty question: polymodal ask MODEL photo.png"):
+        talk.ask(Path("nowhere"), [str(media["image"]), " "], SHORT, None, None, as_json=False)
+
+
+def test_a_device_that_is_none_is_refused(place, media):
+    with pytest.raises(ConfigError, match="device: Input should be 'auto', 'cpu' or 'cuda'; found 'gpu'"):
+        talk.ask(place / "run", [str(media["image"]), "What?"], SHORT, "gpu", None, as_json=False)
+
+
+def test_a_model_that_does_not_answer_refuses_to_chat(place, model, monkeypatch):
+    monkeypatch.setattr(model.engine.processor, "chat", None)
+    monkeypatch.setattr(talk, "load", lambda *_: model)
+    with pytest.raises(ConfigError, match="this model has no decoder: it embeds and compares"):
+        talk.chat(place / "run", SHORT, None)
+
+
 def test_embed_writes_unit_vectors(place, media, tmp_path, capsys):
     inputs = [str(media["image"]), str(media["sensor"]), "a red cube"]
-    talk.embed(place / "run", inputs, tmp_path / "vectors.npy", None, as_json=True)
+    talk.embed(place / "run", inputs, tmp_path / "new" / "vectors.npy", None, as_json=True)
     data = json.loads(capsys.readouterr().out)
     assert data["inputs"] == inputs and data["dim"] == 8 and data["vectors"] is None
-    vectors = np.load(tmp_path / "vectors.npy")
+    vectors = np.load(tmp_path / "new" / "vectors.npy")
     assert vectors.shape == (3, 8) and vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
     talk.embed(place / "run", inputs, None, None, as_json=False)
@@ -128,7 +158,7 @@ def test_a_conversation_remembers_turns_and_media(model, media, capsys):
     ("line", "message"),
     [
         ("/imag a.png", r"unknown command '/imag'; did you mean '/image'\?"),
-        ("/image none.png", "/image: no such file: none.png"),
+        ("/image none.png", "/image: no such file: none.png; expected /image PATH"),
         ("/image", r"/image: no such file: \(nothing\)"),
     ],
 )

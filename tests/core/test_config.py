@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from polymodal.core.config import Config, Table, apply_overrides, load_yaml, unknown
 from polymodal.core.errors import ConfigError
@@ -45,6 +45,20 @@ class Outer(Config):
     inner: Inner = Inner(width=3)
     colour: COLOURS.field() = Red()  # type: ignore[valid-type]
     names: tuple[str, ...] = ()
+
+
+class Whole(Config):
+    """Configs in a list, in a mapping, and one that may be None."""
+
+    listed: tuple[Outer, ...] = ()
+    mapped: dict[str, Outer] = Field(default_factory=dict)
+    maybe: Annotated[Inner, "note"] | None = None
+
+
+class Nested(Config):
+    """Whose part is parsed by its own rules."""
+
+    part: Annotated[Checked, BeforeValidator(Checked.parse)]
 
 
 def message(make: Any) -> str:
@@ -99,6 +113,23 @@ def test_every_wrong_key_is_named_with_its_place() -> None:
     assert "recipe.yaml.inner.width: this key is required" in found
     assert "recipe.yaml.inner.widht: unknown key 'widht'; did you mean 'width'? Valid: width" in found
     assert "recipe.yaml.nmaes: unknown key 'nmaes'; did you mean 'names'? Valid: inner, colour, names" in found
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"listed": [{}, {"inner": {"width": 1, "widht": 3}}]},
+        {"mapped": {"a": {"inner": {"width": 1, "widht": 3}}}},
+        {"maybe": {"width": 1, "widht": 3}},
+    ],
+    ids=str,
+)
+def test_the_nearest_key_is_that_of_the_place(value: Any) -> None:
+    assert message(lambda: Whole.parse(value)).endswith("did you mean 'width'? Valid: width")
+
+
+def test_what_a_part_says_stands_behind_its_place_alone() -> None:
+    assert message(lambda: Nested.parse({"part": {"low": 3}}, "x")) == "x.part: found low: 3, expected at most 1"
 
 
 def test_configs_are_frozen_and_reload_equal() -> None:

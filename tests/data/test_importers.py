@@ -237,3 +237,64 @@ def test_real_coco(tmp_path):
     boxes = sum(len(sample.meta["boxes"]) for sample in instances)
     assert boxes + len([name for name, _ in report.skipped if name.startswith("annotation")]) == 739
     assert all(sample.views["image"].path.is_file() for sample in (*captions, *instances))
+
+
+def test_what_is_imported_is_never_written_over(photos, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("image,text\nimages/a.jpg,a cat\n")
+    with pytest.raises(DataError, match=r"table.csv: is what is imported, expected another file to write"):
+        IMPORTERS["csv"](table, tmp_path / "images" / ".." / "table.csv")
+    assert table.read_text().startswith("image,text")
+    with pytest.raises(DataError, match="images: is a folder, expected a file to write"):
+        IMPORTERS["csv"](table, photos)
+    assert not list(tmp_path.glob(".*part"))
+
+
+def test_names_written_on_windows_are_found(photos, tmp_path):
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbfimage,text\r\nimages\\a.jpg,a cat\r\n")
+    samples, _ = imported("csv", tmp_path / "table.csv", tmp_path / "csv.jsonl")
+    entry = {"id": "1", "image": "images\\a.jpg", "conversations": turns("<image>", "A cat.")}
+    (tmp_path / "llava.json").write_text(json.dumps([entry]))
+    samples += imported("llava", tmp_path / "llava.json", tmp_path / "llava.jsonl", images=tmp_path)[0]
+    coco = {"images": [{"id": 1, "file_name": "images\\a.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    samples += imported("coco-captions", tmp_path / "coco.json", tmp_path / "coco.jsonl", images=tmp_path)[0]
+    assert [next(iter(sample.media())).path.resolve() for sample in samples] == [photos.resolve() / "a.jpg"] * 3
+
+
+def test_delimiters(photos, tmp_path):
+    (tmp_path / "table.csv").write_text("image;text\nimages/a.jpg;a cat\n")
+    with pytest.raises(DataError, match=r"do its fields end at ';'\? Say so: delimiter=;"):
+        IMPORTERS["csv"](tmp_path / "table.csv", tmp_path / "out.jsonl")
+    assert imported("csv", tmp_path / "table.csv", tmp_path / "out.jsonl", delimiter=";")[1].written == 1
+    with pytest.raises(ConfigError, match="delimiter: found ';;', expected one character, such as ; or the word tab"):
+        IMPORTERS["csv"](tmp_path / "table.csv", tmp_path / "out.jsonl", delimiter=";;")
+    (tmp_path / "tabs.csv").write_text("image\ttext\nimages/a.jpg\ta cat\n")
+    with pytest.raises(DataError, match="delimiter=tab"):
+        IMPORTERS["csv"](tmp_path / "tabs.csv", tmp_path / "out.jsonl")
+    assert imported("csv", tmp_path / "tabs.csv", tmp_path / "out.jsonl", delimiter="tab")[1].written == 1
+
+
+def test_a_box_without_an_area_and_a_hidden_file_are_left_out(photos, tmp_path):
+    boxes = [
+        {"id": id, "image_id": 1, "category_id": 1, "bbox": [1, 2, *size]} for id, size in ((1, [3, 4]), (2, [-3, 4]))
+    ]
+    coco = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    samples, report = imported("coco-instances", tmp_path / "coco.json", tmp_path / "out.jsonl")
+    assert samples[0].meta["boxes"] == [["cat", 1, 2, 3, 4]]
+    assert report.skipped == [
+        ("annotation 2", "its bbox is [1, 2, -3, 4]; expected [x, y, width, height], width and height above 0")
+    ]
+    (tmp_path / "classes" / "cat").mkdir(parents=True)
+    for name in ("a.jpg", "._a.jpg"):
+        (tmp_path / "classes" / "cat" / name).write_bytes(b"\xff\xd8")
+    samples, report = imported("folder", tmp_path / "classes", tmp_path / "out.jsonl")
+    assert [sample.id for sample in samples] == ["cat/a.jpg"]
+    assert report.skipped == [("cat/._a.jpg", "is hidden: its name begins with a dot")]
+
+
+def test_json_lines_where_one_value_is_expected(tmp_path):
+    (tmp_path / "llava.json").write_text('{"id": 1}\n{"id": 2}\n')
+    with pytest.raises(DataError, match="found several values, one a line"):
+        IMPORTERS["llava"](tmp_path / "llava.json", tmp_path / "out.jsonl")

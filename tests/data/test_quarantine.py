@@ -45,10 +45,10 @@ def test_the_rate_stops_the_run(tmp_path):
     with pytest.raises(DataError) as caught:
         quarantine.count(1, [failure("one")])
     message = str(caught.value)
-    assert "11 of 201 samples cannot be used, at most 5.0% are tolerated (max_rate)" in message
+    assert "11 of 201 samples cannot be used, at most 5.0% are tolerated (max_bad_rate)" in message
     assert "the latest, from photos: one.jpg: the file is truncated" in message
     assert "q.jsonl" in message
-    assert message.endswith("Repair the data or raise max_rate")
+    assert message.endswith("Repair the data or raise max_bad_rate")
     assert len((tmp_path / "q.jsonl").read_text().splitlines()) == 11
 
 

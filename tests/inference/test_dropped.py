@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import Toy, asked, build, decoder_data
+from toys import Toy, build, decoder_data, question
 
 from polymodal.core.errors import ConfigError
 from polymodal.core.samples import Sample
@@ -31,11 +31,6 @@ def make(**backbone: Any) -> tuple[Toy, Engine]:
         if parameter.dim() == 2:
             parameter.data.mul_(6)
     return toy, Engine(toy.network, toy.processor)
-
-
-def question(index: int, *modalities: str, text: str = "What is it?") -> Sample:
-    answered = asked(index, *modalities, question=text)
-    return Sample(answered.id, answered.messages[:1])
 
 
 def questions() -> list[Sample]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Toy, asked, build, decoder_data, medium, merge_data, stream
+from toys import Toy, build, decoder_data, medium, merge_data, question, stream
 
 from polymodal.core.batch import Plan, Span
 from polymodal.core.errors import ConfigError, SampleError
@@ -30,11 +30,6 @@ def make(**backbone: Any) -> tuple[Toy, Engine]:
         if parameter.dim() == 2:
             parameter.data.mul_(8)
     return toy, Engine(toy.network, toy.processor)
-
-
-def question(index: int, *modalities: str, text: str = "What is it?") -> Sample:
-    answered = asked(index, *modalities, question=text)
-    return Sample(answered.id, answered.messages[:1])
 
 
 def questions() -> list[Sample]:

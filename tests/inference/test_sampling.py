@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polymodal.core.errors import ConfigError
+from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.inference.sampling import Sampling, draw, make_generator
 
 PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
@@ -73,3 +73,17 @@ def test_generators_of_a_seed_are_equal_and_others_are_not() -> None:
 def test_impossible_settings_are_refused(data: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         Sampling.parse(data)
+
+
+@pytest.mark.parametrize("data", [{"top_p": 0.9}, {"top_k": 2}], ids=str)
+def test_what_narrows_a_draw_is_refused_where_nothing_is_drawn(data: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"with temperature 0, which takes .* expected a temperature above 0"):
+        Sampling.parse(data)
+    assert Sampling.parse({**data, "temperature": 1.0})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [0.0, torch.nan]])
+    with pytest.raises(CheckpointError, match=r"logits that are no numbers .* fetch the checkpoint again"):
+        draw(logits, Sampling(temperature=temperature), None)

@@ -220,15 +220,7 @@ def test_a_model_learns_what_only_the_looked_at_medium_tells() -> None:
     colours = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 230)}
     rows = [(name, _plain(colour, seed)) for seed in range(2) for name, colour in colours.items()]
     lessons = [conversation(photo, "Which?", answer=name, id=str(i)) for i, (name, photo) in enumerate(rows)]
-    batch = toy.batch(lessons, packed=True)
-    toy.network.train()
-    optimizer = torch.optim.AdamW(toy.network.parameters(), lr=1.5e-2)
-    for _ in range(40):
-        outputs = toy.network(batch)
-        loss = torch.nn.functional.cross_entropy(outputs.token_logits, outputs.token_targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    toy.learn(lessons, steps=40, rate=1.5e-2)
     engine = Engine(toy.network, toy.processor)
     fresh = [(name, conversation(_plain(colour, 77), "Which?")) for name, colour in colours.items()]
     answers = engine.generate([prompt for _, prompt in fresh], GREEDY)

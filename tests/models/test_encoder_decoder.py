@@ -123,15 +123,7 @@ def test_it_learns_to_answer() -> None:
         conversation(f"{a} and {b}", answer=f"{b}, {a}", id=f"{a}{b}")
         for a, b in (("red", "cat"), ("blue", "dog"), ("dog", "red"))
     ]
-    batch = toy.batch(lessons, packed=True)
-    toy.network.train()
-    optimizer = torch.optim.AdamW(toy.network.parameters(), lr=1e-2)
-    for _ in range(50):
-        outputs = toy.network(batch)
-        loss = torch.nn.functional.cross_entropy(outputs.token_logits, outputs.token_targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    toy.learn(lessons, steps=50, rate=1e-2)
     engine = Engine(toy.network, toy.processor)
     answers = engine.generate([Sample(s.id, s.messages[:1]) for s in lessons], Sampling(max_new_tokens=24))
     assert [toy.tokenizer.decode(g.ids) for g in answers] == [s.messages[1].text for s in lessons]

@@ -12,6 +12,7 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Part, Text
 from polymodal.core.samples import Sample
 from polymodal.models.compose.merge import Merge
+from polymodal.models.compose.negatives import mismatched
 from polymodal.objectives.classify import Classify
 from polymodal.objectives.matching import Matching
 
@@ -131,7 +132,7 @@ def test_mismatched_samples_differ_from_their_own_in_exactly_one_stream() -> Non
     donors: dict[int, set[tuple[str, int]]] = {}
     torch.manual_seed(0)
     for _ in range(60):
-        mixed, mixed_valid, rows = merge.mismatch(tokens, is_valid)
+        mixed, mixed_valid, rows = mismatched(tokens, is_valid, torch.arange(4))
         assert rows.tolist() == [0, 1, 3]
         for place, row in enumerate(rows.tolist()):
             changed = [name for name in STREAMS if not torch.equal(mixed[name][place], tokens[name][row])]
@@ -151,12 +152,15 @@ def test_where_nothing_can_be_mismatched_the_objective_counts_nothing() -> None:
         [thing(0, *STREAMS)],
         [thing(0, "image"), thing(1, "audio")],
         [thing(0, "image"), thing(1, "image")],
+        [thing(index, *STREAMS, label="one") for index in range(3)],
+        [thing(0, "image", "text"), thing(4, "image", "text")],
     ):
         batch = toy.batch(samples)
         outputs = toy.network(batch, ("match",))
         assert outputs.match_logits.shape == (len(samples),)
         assert outputs.mismatch_logits.shape == (0,)
-        assert Matching(negatives="batch")(outputs, batch).count == 0
+        report = Matching(negatives="batch")(outputs, batch)
+        assert report.count == 0 and float(report.total) == 0.0
 
 
 def test_matching_needs_the_pass_that_its_negatives_come_from() -> None:

@@ -202,7 +202,7 @@ def test_hard_negatives_are_chosen_by_the_best_query() -> None:
     owners = torch.arange(3)
     torch.manual_seed(0)
     embeddings = {"image": (pictures, owners), "words": (texts, owners)}
-    mixed, _, samples = hard_mismatched(tokens, valid, embeddings, [None] * 3)
+    mixed, _, samples = hard_mismatched(tokens, valid, embeddings, torch.arange(3))
     assert samples.tolist() == [0, 1, 2, 0, 1, 2]
     assert mixed["words"].flatten().tolist()[:3] == [11.0, 12.0, 10.0]
     assert mixed["image"].flatten().tolist()[3:] == [2.0, 0.0, 1.0]

@@ -27,7 +27,7 @@ from polymodal.training import atomic_folders, checkpoints, loop
 
 PLACES = {
     "recipe written": (run, "claim"),
-    "tokenizer saved": (run, "save_tokenizer"),
+    "tokenizer saved": (run, "write_tokenizer"),
     "features written": (feature_cache, "_write_at"),
     "base saved": (loop, "save_base"),
     "checkpoint saved": (loop, "save_checkpoint"),

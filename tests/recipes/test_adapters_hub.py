@@ -21,10 +21,11 @@ from polymodal.models.adapters.lora import LoRAConfig
 from polymodal.models.layers.layout import Layout
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.model import Model
 from polymodal.recipes.run import train
 from polymodal.recipes.run_adapters import export_run_adapters
 from polymodal.recipes.run_folder import run_tokenizer
+from polymodal.recipes.stored_models import load
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

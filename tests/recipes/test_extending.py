@@ -14,8 +14,8 @@ from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.core.parts import Image, Sensor
 from polymodal.recipes.check import check_recipe
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import load
 from polymodal.recipes.run import train
+from polymodal.recipes.stored_models import load
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,16 @@ def test_the_new_run_does_not_need_the_old_one(base: Path, data: Path, tmp_path:
     for path in moved.iterdir():
         path.unlink()
     assert np.array_equal(load(tmp_path / "run").logits(["Is it red?"]), before)
+
+
+@pytest.mark.parametrize("other", ["perceiver", {"use": "pool", "factor": 2}], ids=str)
+def test_another_variant_of_a_part_that_is_there_is_refused(other: Any, base: Path, data: Path) -> None:
+    recipe = extended(base, data)
+    recipe["model"]["streams"]["image"] = {"connector": other}
+    with pytest.raises(
+        ConfigError, match=r"extend: model.streams.image.connector: found '.*', the folder has '.*' there"
+    ):
+        load_recipe(recipe)
 
 
 def test_messages(base: Path, data: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from polymodal.core.errors import ConfigError
 from polymodal.core.parts import Image
 from polymodal.recipes.check import check_recipe
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import load
 from polymodal.recipes.run import train
+from polymodal.recipes.stored_models import load
 from polymodal.training import loop
 
 FAST = {"use": "adamw", "lr": 0.01}

@@ -12,14 +12,15 @@ import small_recipes
 import torch
 from safetensors.torch import load_file
 
-from polymodal.core.errors import CheckFailed, CheckpointError, DataError
+from polymodal.core.errors import CheckFailed, CheckpointError, ConfigError, DataError
 from polymodal.core.parts import Image
 from polymodal.models.adapters import adapter_names, use_adapters
 from polymodal.recipes import api, run_folder
 from polymodal.recipes import run as module
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.model import Model
 from polymodal.recipes.run import train
+from polymodal.recipes.stored_models import load
 from polymodal.training import checkpoints
 from polymodal.training.metrics_log import MetricsLog
 from polymodal.training.progress import Progress
@@ -133,6 +134,19 @@ def test_a_finished_run_called_again_does_nothing_and_says_so(root: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()} == times
 
 
+def test_a_recipe_that_failed_before_its_first_update_may_be_mended(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="no parameter or module matches 'backbon'"):
+        train(load_recipe(short_recipe(root), ["stages.tune.train=[backbon]"]), out, quiet=True)
+    (out / "quarantine.jsonl").touch()
+    tokenizers = [file.read_bytes() for file in out.glob("tokenizer*.json")]
+    smaller = ["model.tokenizer.vocab_size=270"]
+    assert train(load_recipe(short_recipe(root), smaller), out, quiet=True).stages["tune"].steps == 2
+    assert load_recipe(out / "recipe.yaml").model.tokenizer.vocab_size == 270
+    assert [file.read_bytes() for file in out.glob("tokenizer*.json")] != tokenizers
+    assert not (out / "quarantine.jsonl").exists()
+
+
 def test_a_folder_of_another_recipe_is_refused_and_the_difference_named(root: Path, tmp_path: Path) -> None:
     train(load_recipe(short_recipe(root)), tmp_path, quiet=True)
     with pytest.raises(
@@ -166,7 +180,7 @@ def test_a_full_disk_says_so_and_the_same_command_goes_on(
     owner, name, at = {
         "checkpoint": (checkpoints, "write_tensors", 4),
         "metrics": (MetricsLog, "append", 3),
-        "tokenizer": (module, "save_tokenizer", 1),
+        "tokenizer": (module, "write_tokenizer", 1),
     }[place]
     original, calls = getattr(owner, name), [0]
 

@@ -62,8 +62,16 @@ def test_recipes_that_are_not_there_are_named(tmp_path: Path) -> None:
         ConfigError, match=r"quikstart: is no file, and unknown preset 'quikstart'; did you mean 'quickstart'"
     ):
         load_recipe("quikstart")
-    with pytest.raises(ConfigError, match=r"is no file, and unknown preset"):
+    with pytest.raises(ConfigError) as far:
+        load_recipe("clip-vit-bas-patch32")
+    assert "did you mean 'clip-vit-base-patch32'" in str(far.value) and len(str(far.value)) < 600
+    with pytest.raises(ConfigError, match=r"\.\./presets/quickstart: there is no such file; expected a recipe in YAML"):
         load_recipe("../presets/quickstart")
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ConfigError, match=r"mine.yml: there is no such file; did you mean '.*mine.yaml'"):
+        load_recipe(tmp_path / "mine.yml")
+    with pytest.raises(ConfigError, match=r"is a folder, expected a YAML file"):
+        load_recipe(tmp_path)
     with pytest.raises(ConfigError, match=r"unknown preset 'nothing'"):
         preset_text("nothing")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")

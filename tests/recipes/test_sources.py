@@ -17,7 +17,7 @@ from models.presets.reference import assert_close
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraError
-from polymodal.core.samples import conversation
+from polymodal.core.samples import Sample, conversation
 from polymodal.models.weights.assign import without_memory
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import dump_recipe, load_recipe
@@ -221,6 +221,27 @@ def test_a_joined_model_of_a_cut_tower_answers_the_same_in_the_reference(
     assert_close(ours, theirs[0])
     assert torch.equal(again, theirs)
     assert np.array_equal(pm.load(tmp_path / "out").logits([pm.Image(picture), "What?"]), ours)
+
+
+def test_a_joined_model_keeps_its_chat_where_the_language_model_knew_of_no_pictures(tmp_path: Path) -> None:
+    """Its template takes strings; processors of the layout write lists of parts, and a start token of their own."""
+    folders = {name: published_parts.write(name, tmp_path / name) for name in ("clip", "qwen2")}
+    image = {"encoder": {"from": str(folders["clip"]), "layer": -2}, "connector": {"use": "mlp"}, "enters": "sequence"}
+    data = {"streams": {"image": image}, "backbone": {"from": str(folders["qwen2"])}, "tokenizer": {"media": "<pad>"}}
+    model = pm.Model(assemble(recipe_of(data)))
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8))
+    history = [pm.Message("user", (pm.Text("Hm?"),)), pm.Message("assistant", (pm.Text("a {b}"),))]
+    assert model.export(tmp_path / "out") == "llava"
+    loaded = pm.load(tmp_path / "out")
+    asked = Sample("asked", (*history, pm.Message("user", (pm.Text("See"), pm.Image(picture), pm.Text("What?")))))
+    ids = [one.engine.processor.plan(asked, prompt=True).ids for one in (model, loaded)]
+    assert ids[0] == ids[1]
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    seen = {"type": "image", "image": picture}
+    text = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "a {b}"}]
+    turn = {"role": "user", "content": [{"type": "text", "text": "See"}, seen, {"type": "text", "text": "What?"}]}
+    theirs = processor.apply_chat_template([*text, turn], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert list(theirs["input_ids"][0]) == ids[0]
 
 
 def test_a_layout_whose_pictures_have_no_token_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

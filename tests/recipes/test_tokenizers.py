@@ -20,7 +20,6 @@ from polymodal.modalities.text import CHAT_FORMATS, chat_format, template_of, to
 from polymodal.modalities.text import Tokenizer as Ours
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import dump_recipe, load_recipe
-from polymodal.recipes.run_folder import save_tokenizer
 from polymodal.recipes.tokenizers import make_tokenizer, write_text_tokenizers, write_tokenizer
 from polymodal.training.weights import save_weights
 
@@ -94,7 +93,7 @@ def test_a_run_folder_needs_no_other_folder(tmp_path: Path) -> None:
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(mine))
     write_text_tokenizers(parts.text_tokenizers, run)
-    save_tokenizer(parts.tokenizer, run)
+    write_tokenizer(parts.tokenizer, run)
     save_weights(parts.network, run / "model.safetensors")
     before = pm.load(run).embed(["a red cube", "b"])
     shutil.rmtree(hub)

@@ -45,16 +45,29 @@ def sources_of(parts: Assembly) -> Any:
     return stage_sources(parts.recipe, parts.recipe.stages[0])
 
 
-def test_training_on_cached_features_gives_the_same_losses(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", [None, "recipe", "stream"])
+def test_training_on_cached_features_gives_the_same_losses(budget: str | None, root: Path, tmp_path: Path) -> None:
     logs = []
     for cache in (False, True):
         recipe = small_recipes.decoder_recipe(root, small_recipes.stage(steps=6, cache_features=cache))
+        if budget == "recipe":
+            recipe["tokens"] = 2
+        elif budget == "stream":
+            recipe["model"]["streams"]["image"]["tokens"] = 2
         out = tmp_path / str(cache)
         train(load_recipe(recipe), out, quiet=True)
         logs.append(read_metrics(out / "stages/00-tune/metrics.jsonl"))
     for plain, cached in zip(*logs, strict=True):
         assert cached == pytest.approx(plain, rel=1e-5)
     assert (tmp_path / "True/features").is_dir() and not (tmp_path / "False/features").exists()
+
+
+def test_samples_are_laid_out_as_without_the_cache(root: Path, tmp_path: Path) -> None:
+    parts = assembled(root)
+    parts.processor.has_source, parts.processor.tokens = True, 7
+    with store_of(parts, tmp_path / "cache") as store:
+        found, right = vars(store.processor), vars(parts.processor)
+        assert {name for name in right if found[name] != right[name]} == {"streams"}
 
 
 def test_cached_features_are_the_encoders_own(root: Path, tmp_path: Path) -> None:

@@ -98,3 +98,13 @@ def test_memory():
     if "RSS" not in memory_bytes():
         pytest.skip("this system has no /proc")
     assert memory_bytes()["RSS"] > 2**20
+
+
+def test_work_that_is_no_training_has_units_and_no_rate_of_learning():
+    stream = io.StringIO()
+    progress = LineProgress(stream)
+    progress.start("align: encoding", 2, unit="samples")
+    progress.update(Update(2, {}, None, 0, 1))
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "align: encoding: 2 samples"
+    assert lines[1].startswith("align: encoding 2/2") and "lr" not in lines[1]

@@ -32,12 +32,25 @@ app.add_typer(presets_app, name="presets")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the recipe's choice if not given.")]
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A run folder, a checkpoint folder, or a hub id.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A preset's name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as seed=1 precision.device=cpu."),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest text to write, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")]
-Seed = Annotated[int | None, typer.Option(help="Makes a drawn answer repeatable.")]
+TopP = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens that together have this chance.")
+]
+Seed = Annotated[int | None, typer.Option(help="Makes a draw repeatable; each is another if not given.")]
+DataOut = Annotated[Path, typer.Argument(metavar="OUT", help="The JSON Lines file to write.")]
 MediaTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="The most tokens of all files: they get fewer tiles and frames, or less detail."),
+    typer.Option(
+        min=1,
+        help="The most tokens of all files: they get fewer tiles and frames, or less detail; as the recipe says if not "
+        "given.",
+    ),
 ]
 
 
@@ -66,7 +79,7 @@ def _main(
 
 @app.command()
 def quickstart(
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes to the recipe.")] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all it makes; runs/PRESET if not given.")] = None,
     preset: Annotated[
         str, typer.Option(help="quickstart (minutes), scenes-full (longer and better), or a YAML file.")
@@ -86,16 +99,19 @@ def quickstart(
 @app.command()
 def ask(
     model: ModelPath,
-    inputs: Annotated[list[str], typer.Argument(help='Files, then the question: photo.png "What is it?"')],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help='Files, then the question: photo.png "What is it?"')
+    ],
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Seed = None,
     tokens: MediaTokens = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Answer a question about files. A file may be written modality:path where its name does not tell."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     _command("talk:ask")(model, inputs, options, device, tokens, as_json=json)
 
 
@@ -104,22 +120,27 @@ def chat(
     model: ModelPath,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Seed = None,
     tokens: MediaTokens = None,
     device: Device = None,
 ) -> None:
     """Talk to a model; /image PATH, /audio PATH and others add files to the next message, /help lists the commands."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     _command("talk:chat")(model, options, device, tokens)
 
 
 @app.command()
 def embed(
     model: ModelPath,
-    inputs: Annotated[list[str], typer.Argument(help="Files and texts; text:... where a text looks like a file.")],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="Files and texts; text:... where a text looks like a file.")
+    ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Write float32 [N, D] to this .npy file ([N, M, D] if each has several vectors)."),
+        typer.Option(
+            help="The .npy file to write float32 [N, D] to ([N, M, D] if each has several vectors); none if not given."
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -130,8 +151,8 @@ def embed(
 
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes.")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Prove a recipe before a step is spent: every proof is a line with its figure."""
@@ -140,8 +161,8 @@ def check(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A preset's name or a YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value changes.")] = None,
+    recipe: RecipeName,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME if not given.")] = None,
     json: Json = False,
 ) -> None:
@@ -154,11 +175,19 @@ def evaluate(
     model: ModelPath,
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(help="JSON Lines files with questions, or task YAML files; the recipe's own if none are given."),
+        typer.Argument(
+            metavar="TASK", help="JSON Lines files with questions, or task YAML files; the recipe's own if not given."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the predictions, a JSON Lines file per task.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the predictions, a JSON Lines file per task; they are not kept if not given."),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many questions per kind, or queries per search.")
+        int | None,
+        typer.Option(
+            min=1, help="At most this many questions per kind, or queries per search; the task's if not given."
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
@@ -194,9 +223,12 @@ def export(
 
 @data_app.command("make")
 def data_make(
-    corpus: Annotated[str, typer.Argument(help="scenes or digits.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    options: Annotated[list[str] | None, typer.Argument(help="key=value, such as num_train=2000 seed=1.")] = None,
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="scenes or digits.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Options of the corpus, such as num_train=2000 seed=1."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate an embedded corpus."""
@@ -205,10 +237,14 @@ def data_make(
 
 @data_app.command("import")
 def data_import(
-    format: Annotated[str, typer.Argument(help="llava, coco-captions, coco-instances, folder or csv.")],
-    source: Annotated[Path, typer.Argument(help="What to import.")],
-    out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
-    options: Annotated[list[str] | None, typer.Argument(help="key=value options of the format.")] = None,
+    format: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="llava, coco-captions, coco-instances, folder or csv.")
+    ],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="What to import.")],
+    out: DataOut,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the format, such as images=FOLDER.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Turn a known data set layout into Polymodal's JSON Lines."""
@@ -217,7 +253,7 @@ def data_import(
 
 @data_app.command("inspect")
 def data_inspect(
-    data: Annotated[Path, typer.Argument(help="A JSON Lines file.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A JSON Lines file.")],
     decode: Annotated[bool, typer.Option("--decode", help="Decode every file whole, not just its header.")] = False,
     json: Json = False,
 ) -> None:
@@ -226,32 +262,41 @@ def data_inspect(
 
 
 @data_app.command("capfilt")
-def data_capfilt(
-    data: Annotated[Path, typer.Argument(help="A JSON Lines file of view sets: one medium and a text.")],
-    out: Annotated[Path, typer.Argument(help="The JSON Lines file to write.")],
+def data_capfilt(  # noqa: PLR0913 (a parameter is an option of the command)
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="A JSON Lines file of view sets: one medium and a text.")
+    ],
+    out: DataOut,
     judge: Annotated[
-        Path, typer.Option("--filter", help="A run whose matching head, or else shared space, tells what fits.")
+        Path,
+        typer.Option("--filter", help="A model whose matching head, or else shared space, tells what fits."),
     ],
     captioner: Annotated[
-        Path | None, typer.Option(help="A run that writes a second text for every medium; without it, only filter.")
+        Path | None,
+        typer.Option(help="A model that writes a second text for every medium; texts are only filtered if not given."),
     ] = None,
     request: Annotated[str, typer.Option(help="What a captioner that chats is asked.")] = "Describe this image.",
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw captions from the nucleus (the paper: 0.9); else greedily.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    max_new_tokens: MaxNewTokens = 96,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
     false_accept: Annotated[
-        float | None, typer.Option(help="Share of mismatched pairs that may pass; a shared space lets 0.05 pass.")
+        float | None,
+        typer.Option(help="Share of mismatched pairs that may pass; 0.05 with a shared space if not given."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Least score of a kept pair; a matching head decides at 0.5.")
+        float | None, typer.Option(help="Least score of a kept pair; 0.5 with a matching head if not given.")
     ] = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
-    """Caption media with one model and drop, with another, texts that do not fit (CapFilt)."""
+    """Caption media with one model and drop, with another, texts that do not fit (CapFilt).
+
+    The paper draws captions with --temperature 1 --top-p 0.9.
+    """
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     options = {"request": request, "false_accept": false_accept, "threshold": threshold}
-    nucleus = None if top_p is None else (top_p, seed)
-    _command("corpora:capfilt")(data, out, captioner, judge, options, nucleus=nucleus, as_json=json)
+    _command("corpora:capfilt")(data, out, captioner, judge, sampling, options, device, as_json=json)
 
 
 @presets_app.command("list")
@@ -261,17 +306,24 @@ def presets_list(json: Json = False) -> None:
 
 
 @presets_app.command("show")
-def presets_show(name: Annotated[str, typer.Argument(help="A preset's or a published model's name.")]) -> None:
+def presets_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A preset's or a published model's name.")],
+    json: Json = False,
+) -> None:
     """Print a preset or a published model as YAML, ready to edit."""
-    _command("models:show_preset")(name)
+    _command("models:show_preset")(name, as_json=json)
 
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one message, not a traceback."""
     try:
         app()
-    except (PolymodalError, MissingExtraError, OSError) as error:
+    except (PolymodalError, MissingExtraError) as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        typer.echo(f"error: {said}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

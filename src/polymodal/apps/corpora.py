@@ -86,23 +86,30 @@ def capfilt(
     out: Path,
     captioner: Path | None,
     judge: Path,
+    sampling: dict[str, Any],
     options: dict[str, Any],
+    device: str | None,
     *,
-    nucleus: tuple[float, int] | None,
     as_json: bool,
 ) -> None:
-    """Caption and filter pairs; ``nucleus`` is its probability and the seed of the draw, None for greedy captions."""
+    """Caption and filter pairs."""
     from polymodal.inference.sampling import Sampling
     from polymodal.recipes.capfilt import capfilt as run
-    from polymodal.recipes.model import load
+    from polymodal.recipes.stored_models import load
 
-    filtering = load(judge)
-    writing = None if captioner is None else filtering if captioner == judge else load(captioner)
-    if nucleus is not None:
-        top_p, seed = nucleus
-        options["sampling"] = Sampling.parse({"max_new_tokens": 96, "temperature": 1.0, "top_p": top_p, "seed": seed})
+    drawn = Sampling.parse(sampling)
+    filtering = load(judge, device)
+    writing = None if captioner is None else filtering if captioner == judge else load(captioner, device)
     with Bar(is_silent=as_json) as bar:
-        report = run(data, out, writing, filtering, progress=lambda done, total: bar("judging", done, total), **options)
+        report = run(
+            data,
+            out,
+            writing,
+            filtering,
+            sampling=drawn,
+            progress=lambda done, total: bar("judging", done, total),
+            **options,
+        )
     if as_json:
         emit_json(report.to_data())
         return

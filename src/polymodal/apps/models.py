@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from polymodal.apps.output import emit_json, emit_table, say
+from polymodal.core.config import load_yaml
 from polymodal.models.presets import ARCHITECTURES
 from polymodal.recipes.loading import load_recipe, preset_names, preset_text
-from polymodal.recipes.model import load
 from polymodal.recipes.run_adapters import export_run_adapters
+from polymodal.recipes.stored_models import load
 
 
 def presets(*, as_json: bool) -> None:
@@ -50,9 +51,13 @@ def presets(*, as_json: bool) -> None:
     emit_table("published models", ("name", "architecture", "parameters", "source"), sizes)
 
 
-def show_preset(name: str) -> None:
+def show_preset(name: str, *, as_json: bool) -> None:
     """Print a preset as it was written, comments included, or a published size, ready to edit."""
-    sys.stdout.write(preset_text(name))
+    text = preset_text(name)
+    if as_json:
+        emit_json(load_yaml(text, name))
+        return
+    sys.stdout.write(text)
 
 
 def export(model: Path, out: Path, architecture: str | None, *, as_json: bool) -> None:

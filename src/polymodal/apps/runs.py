@@ -11,14 +11,16 @@ from typing import Any
 from rich.text import Text
 
 from polymodal.apps.output import console, emit_json, emit_table, say
+from polymodal.core.errors import ConfigError
 from polymodal.evaluation.scores import Report, Row
 from polymodal.recipes.check import CheckReport, Proof, check_recipe
 from polymodal.recipes.evaluation import evaluate as measure
 from polymodal.recipes.evaluation import own_tasks, resolve_task
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import WEIGHTS, load
 from polymodal.recipes.run import RunResult
 from polymodal.recipes.run import train as train_recipe
+from polymodal.recipes.run_folder import WEIGHTS
+from polymodal.recipes.stored_models import load
 
 _STYLES = {"ok": "green", "failed": "bold red", "skipped": "dim"}
 
@@ -55,6 +57,8 @@ def _verdict(report: CheckReport) -> str:
 def train(recipe: str, overrides: list[str], out: Path | None, *, as_json: bool) -> None:
     """Train a recipe, or resume its run."""
     loaded = load_recipe(recipe, overrides)
+    if out is None and Path(loaded.name).name != loaded.name:
+        raise ConfigError(f"name: found {loaded.name!r}, expected the name of a folder below runs; or give --out")
     folder = out or Path("runs") / loaded.name
     started = time.perf_counter()
     result = train_recipe(loaded, folder, quiet=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from polymodal.core.errors import ConfigError, PolymodalError, SampleError
 from polymodal.core.parts import MODALITIES, MODALITY_OF_EXTENSION, Part, Text, media_part, part_from_path
 from polymodal.core.samples import Message
 from polymodal.inference.sampling import Sampling
-from polymodal.recipes.model import Model, load
+from polymodal.recipes.model import Model
+from polymodal.recipes.stored_models import load
 
 
 def parse_part(text: str) -> Part:
@@ -28,9 +30,14 @@ def parse_part(text: str) -> Part:
     """
     head, colon, rest = text.partition(":")
     if colon and head in MODALITIES:
-        return Text(rest) if head == "text" else media_part(head, _existing(rest, text))
+        form = "modality:path, as in points:cloud.npy"
+        return Text(rest) if head == "text" else media_part(head, _existing(rest, text, form))
     if "\n" not in text and len(text) < 1024 and Path(text).is_file():
         return part_from_path(text)
+    if text.startswith(("http://", "https://")) and " " not in text:
+        raise ConfigError(f"{text}: nothing is fetched from the net; download it and name the file")
+    if "/" in text and os.path.isdir(text):
+        raise ConfigError(f"{text}: is a folder, expected a file; write text:{text} if it is meant as text")
     suffix = Path(text).suffix.lower()
     looks_like_file = suffix in MODALITY_OF_EXTENSION or (suffix[1:].isalnum() and " " not in text)
     if looks_like_file:
@@ -38,12 +45,10 @@ def parse_part(text: str) -> Part:
     return Text(text)
 
 
-def _existing(path: str, argument: str) -> Path:
+def _existing(path: str, argument: str, form: str) -> Path:
     found = Path(path).expanduser()
     if not found.is_file():
-        raise ConfigError(
-            f"{argument}: no such file: {path or '(nothing)'}; expected modality:path, as in points:cloud.npy"
-        )
+        raise ConfigError(f"{argument}: no such file: {path or '(nothing)'}; expected {form}")
     return found
 
 
@@ -52,10 +57,10 @@ def ask(
 ) -> None:
     """Answer one question, streaming to a terminal."""
     parts = [parse_part(item) for item in inputs]
-    if not any(isinstance(part, Text) for part in parts):
-        raise ConfigError(
-            'found only files, expected a question after them: polymodal ask MODEL photo.png "What is it?"'
-        )
+    texts = [part.text for part in parts if isinstance(part, Text)]
+    if not any(text.strip() for text in texts):
+        found = "an empty question" if texts else "only files, expected a question after them"
+        raise ConfigError(f'found {found}: polymodal ask MODEL photo.png "What is it?"')
     sampling = Sampling.parse(options)
     loaded = load(model, device)
     if as_json:
@@ -101,6 +106,8 @@ def chat(model: Path, options: dict[str, Any], device: str | None, tokens: int |
         # Gives input() its line editing and history.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
+    if loaded.engine.processor.chat is None:
+        raise ConfigError(f"{model}: this model has no decoder: it embeds and compares, it does not answer")
     talk = Conversation(loaded, sampling, tokens)
     say(f"{loaded.recipe.name}: takes {', '.join(talk.takes)}. /help lists the commands.")
     while True:
@@ -155,7 +162,7 @@ class Conversation:
             self.history.clear()
             self.pending.clear()
         elif word in self.takes[1:]:
-            self.pending.append(media_part(word, _existing(argument, f"/{word}")))
+            self.pending.append(media_part(word, _existing(argument, f"/{word}", f"/{word} PATH")))
         elif word in MODALITIES[1:]:
             raise ConfigError(f"/{word}: this model takes {', '.join(self.takes)}")
         else:
@@ -177,6 +184,7 @@ def embed(model: Path, inputs: list[str], out: Path | None, device: str | None, 
     """Embed parts; prints similarities, or writes the vectors."""
     vectors = load(model, device).embed([parse_part(item) for item in inputs])
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("wb") as file:
             np.save(file, vectors)
     if as_json:

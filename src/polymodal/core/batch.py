@@ -10,7 +10,7 @@ a clip, a window), ``L`` length along a unit's ragged axis, ``R`` rows, ``T`` to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +191,15 @@ class Batch:
     def num_samples(self) -> int:
         """How many samples the batch holds."""
         return len(self.sample_ids)
+
+
+def group_numbers(keys: Iterable[Hashable | None]) -> list[int]:
+    """A number for each key, equal exactly for equal keys; None equals no other, not even None.
+
+    Worked example: ``cat None dog cat None`` give ``0 1 2 0 4``.
+    """
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault((place, None) if key is None else (-1, key), place) for place, key in enumerate(keys)]
 
 
 @dataclass(slots=True)

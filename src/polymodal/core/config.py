@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Generic, TypeVar, cast
+from types import UnionType
+from typing import Annotated, Any, Generic, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError
@@ -105,7 +106,7 @@ def unknown(kind: str, name: object, valid: Iterable[str]) -> str:
     names = list(valid)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {kind} {_short(name)}{hint} Valid: {', '.join(names)}"
+    return f"unknown {kind} {_short(name)}{hint} Valid: {', '.join(names) or 'none'}"
 
 
 def _explain(error: ValidationError, cls: type[Config], where: str) -> str:
@@ -122,17 +123,34 @@ def _explain(error: ValidationError, cls: type[Config], where: str) -> str:
             message = problem["msg"].removeprefix("Value error, ")
             # Checks of whole configs say themselves what they found; all of the config would tell nobody.
             is_told = problem["type"] == "value_error" and ("found" in message or isinstance(problem["input"], dict))
-            lines.append(f"{place}: {message}" if is_told else f"{place}: {message}; found {problem['input']!r:.80}")
+            found = "" if is_told else f"; found {problem['input']!r:.80}"
+            lines.append(f"{place}: {message}{found}" if place else f"{message}{found}")
     return "\n".join(lines)
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys that are valid at a place below ``cls``, reached through lists, mappings and what may be None."""
+    kinds: list[Any] = [cls]
     for step in path:
-        field = cls.model_fields.get(str(step))
-        inner = field.annotation if field else None
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            cls = inner
-    return list(cls.model_fields)
+        kinds = [inner for kind in kinds for inner in _below(kind, str(step))]
+    return [name for kind in kinds if _is_model(kind) for name in kind.model_fields]
+
+
+def _below(kind: Any, step: str) -> list[Any]:
+    if _is_model(kind):
+        return _kinds(kind.model_fields[step].annotation) if step in kind.model_fields else []
+    return [inner for item in get_args(kind) for inner in _kinds(item)]
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """What an annotation allows, one by one."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for item in get_args(annotation) for kind in _kinds(item)]
+    return _kinds(get_args(annotation)[0]) if get_origin(annotation) is Annotated else [annotation]
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 class _UniqueKeys(yaml.SafeLoader):

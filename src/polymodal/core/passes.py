@@ -32,7 +32,7 @@ class TokenPass:
 
 
 Pass = str | TokenPass
-"""``sequence``, ``embed``, ``merge``, ``match``, ``match_hard``, or a :class:`TokenPass`."""
+"""``sequence``, ``embed``, ``merge``, ``match``, ``match_any``, ``match_hard``, or a :class:`TokenPass`."""
 
 
 def kind_of(needed: Pass) -> str:

@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import struct
-import sys
 import threading
 import zlib
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 from numpy.typing import NDArray
 
 from polymodal.core.errors import DataError
+from polymodal.core.locks import lock
 from polymodal.data.feature_arrays import Features, Storage, decode, encode
 
 FORMAT = 1
@@ -86,7 +86,7 @@ class FeatureCache:
         self._lock: BinaryIO | None = None
         if writable:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder / "lock")
+            self._lock = _locked(self.folder / "lock")
         try:
             self._check_about()
             mode = "r+b" if writable else "rb"
@@ -263,18 +263,11 @@ def _write_at(file: Any, offset: int, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _lock(path: Path) -> BinaryIO:
-    """Take the writer's lock, which ends with the process, however it ends."""
+def _locked(path: Path) -> BinaryIO:
+    """The opened file of the writer's lock, which it holds until it is closed."""
     file = path.open("ab")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except OSError:
         file.close()
         raise DataError(

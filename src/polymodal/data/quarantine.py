@@ -99,8 +99,8 @@ class Quarantine:
         record = f"; all are listed in {self.path}" if self.path is not None else ""
         raise DataError(
             f"{self.num_failed:,} of {self.num_tried:,} samples cannot be used, at most {self.max_rate:.1%} are "
-            f"tolerated (max_rate); the latest, from {latest.source}: {latest.reason}{record}. Repair the data or "
-            "raise max_rate"
+            f"tolerated (max_bad_rate); the latest, from {latest.source}: {latest.reason}{record}. Repair the data or "
+            "raise max_bad_rate"
         )
 
     def state(self) -> dict[str, Any]:

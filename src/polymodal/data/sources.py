@@ -130,8 +130,11 @@ def write_jsonl(path: str | os.PathLike[str], samples: Iterable[Sample]) -> int:
 
     Raises:
         SampleError: if a media part is in memory.
+        DataError: if ``path`` is a folder.
     """
     path = Path(os.path.abspath(path))
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder, expected a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     count = 0

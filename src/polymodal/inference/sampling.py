@@ -5,13 +5,14 @@ Shape legend: ``B`` rows, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from polymodal.core.config import Config
+from polymodal.core.errors import CheckpointError
 
 
 class Sampling(Config):
@@ -27,9 +28,27 @@ class Sampling(Config):
     seed: int | None = None
     """Makes a draw repeatable; None draws anew each time."""
 
+    @model_validator(mode="after")
+    def _narrows_a_draw(self) -> Self:
+        if self.temperature == 0.0 and (self.top_k or self.top_p < 1.0):
+            raise ValueError(
+                f"found top_k {self.top_k} and top_p {self.top_p} with temperature 0, which takes the most probable "
+                "token whatever they say; expected a temperature above 0, such as 1"
+            )
+        return self
+
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, int64 ``[B]``."""
+    """The next token of each row, int64 ``[B]``.
+
+    Raises:
+        CheckpointError: if a logit is no number.
+    """
+    if bool(logits_BV.isnan().any()):
+        raise CheckpointError(
+            "found logits that are no numbers (NaN), expected numbers: the weights are damaged, or float16 overflows; "
+            "fetch the checkpoint again, or load it with weights='fp32'"
+        )
     if sampling.temperature == 0.0:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / sampling.temperature

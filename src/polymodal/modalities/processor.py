@@ -6,6 +6,7 @@ Its work has three steps. ``plan`` lays a sample out from headers alone, ``load`
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,6 +103,12 @@ class Processor:
         plan.meta = dict(sample.meta)
         return plan
 
+    def with_streams(self, streams: Mapping[str, StreamLayout]) -> Processor:
+        """The same processor with other layouts of its streams."""
+        other = copy.copy(self)
+        other.streams = dict(streams)
+        return other
+
     def reserve(self, plans: Sequence[Plan]) -> None:
         """Make the array of one batch for every stream whose units have a fixed shape, for :meth:`load` to fill.
 
@@ -136,7 +143,7 @@ class Processor:
                 keys[name] = [f"{layout.cache_tag}:{part.content_key()}" for part, _ in items] if cached else []
                 places = _places(plan.rows.get(name), items)
                 inputs[name] = [
-                    None if cached and cached(keys[name][i]) else _read(layout.reader, part, lengths, places[i])
+                    None if cached and cached(keys[name][i]) else read_item(layout.reader, part, lengths, places[i])
                     for i, (part, lengths) in enumerate(items)
                 ]
         except PolymodalError as error:
@@ -245,6 +252,8 @@ class Processor:
         names = [name for name, layout in streams if layout.view is None and layout.reader.modality == part.modality]
         if not names:
             takes = sorted({layout.reader.modality for layout in self.streams.values()} - {"text"})
+            if not takes:
+                raise SampleError(plan.id, f"{part.name}: is {part.modality}, this model takes text alone")
             raise SampleError(plan.id, f"{part.name}: {unknown('modality for this model', part.modality, takes)}")
         return names
 
@@ -351,8 +360,8 @@ def _places(rows_U: Any, items: Sequence[tuple[Any, tuple[int, ...]]]) -> list[A
     return [rows_U[end - len(lengths) : end] for end, (_, lengths) in zip(ends, items, strict=True)]
 
 
-def _read(reader: Reader, part: Any, lengths: tuple[int, ...], rows_U: Any) -> ModelInput:
-    """A part by its stream's reader, or by the one that a budget chose for it."""
+def read_item(reader: Reader, part: Any, lengths: tuple[int, ...], rows_U: Any = None) -> ModelInput:
+    """An item of a plan by its stream's reader, or by the one that a budget chose for it; units go into ``rows_U``."""
     if isinstance(part, Choice):
         return checked_read(part.reader, part.part, lengths, rows_U)
     return checked_read(reader, part, lengths, rows_U)

@@ -25,13 +25,17 @@ class Matching(ObjectiveConfig):
         negatives: ``labels``: the samples' labels say which belong together; ``batch``: every sample does, and beside
             it stands one with a stream of another sample of the batch, drawn at random (ALBEF, arXiv 2107.07651,
             section 3.2, without its mining of hard negatives); ``hard``: as there, beside it stands, for every two of
-            its streams, one with the second from a sample that looks alike in the shared space and has another label.
+            its streams, one with the second from a sample that looks alike in the shared space.
+        same_label: what two samples with one label, or without labels with equal texts, are to each other where
+            negatives are made: ``skip`` (never mixed; a sample for which no other is left is left out of the loss) or,
+            with ``batch``, ``negative`` (labels are not looked at).
         positive: the label of a sample whose parts belong together.
         negative: of one whose parts do not.
     """
 
     use: Literal["matching"] = "matching"
     negatives: Literal["labels", "batch", "hard"] = "labels"
+    same_label: Literal["skip", "negative"] = "skip"
     positive: str = "match"
     negative: str = "mismatch"
 
@@ -39,11 +43,17 @@ class Matching(ObjectiveConfig):
     def _different(self) -> Matching:
         if self.positive == self.negative:
             raise ValueError(f"positive and negative are both {self.positive!r}, expected two labels")
+        if self.same_label == "negative" and self.negatives != "batch":
+            raise ValueError(
+                f"same_label: found 'negative' with negatives: {self.negatives}, expected 'skip', or negatives: batch"
+            )
         return self
 
     @property
     def needs(self) -> Pass:  # type: ignore[override]
-        """``match`` or ``match_hard`` where negatives are made, ``merge`` where labels name them."""
+        """``match``, ``match_any`` or ``match_hard`` where negatives are made, ``merge`` where labels name them."""
+        if self.same_label == "negative":
+            return "match_any"
         return {"batch": "match", "hard": "match_hard", "labels": "merge"}[self.negatives]
 
     def count(self, batch: Batch) -> int:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from polymodal.core.batch import Batch, Outputs
+from polymodal.core.batch import Batch, Outputs, group_numbers
 from polymodal.core.errors import ConfigError
 from polymodal.objectives.report import LossReport, ObjectiveConfig, Pass
 
@@ -75,13 +75,7 @@ def _first_items(samples_I: Tensor) -> dict[int, int]:
 
 def label_groups(batch: Batch, samples_B: Tensor) -> Tensor:
     """An int64 number per row, equal exactly for rows with equal labels; a row without a label is alone."""
-    numbers: dict[object, int] = {}
-    groups = []
-    for sample in samples_B.tolist():
-        label = batch.labels[sample]
-        key = ("sample", sample) if label is None else ("label", label)
-        groups.append(numbers.setdefault(key, len(numbers)))
-    return torch.tensor(groups, device=samples_B.device)
+    return torch.tensor(group_numbers(batch.labels[sample] for sample in samples_B.tolist()), device=samples_B.device)
 
 
 class Relation(NamedTuple):

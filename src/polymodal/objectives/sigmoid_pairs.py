@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from polymodal.core.batch import Outputs
+from polymodal.objectives.chunks import mean_over_rows
 from polymodal.objectives.pairing import Pair, PairObjective, Relation
 from polymodal.objectives.report import required, wide
 
@@ -46,24 +46,10 @@ def sigmoid_pairs(
         relation: which rows are positives and negatives of each other; skipped pairs ask nothing.
         chunk: rows at a time; a chunk's matrix is made again in the backward pass.
     """
-    total = torch.zeros((), device=x_BD.device)
-    for start in range(0, len(x_BD), chunk):
-        end = min(start + chunk, len(x_BD))
-        part: Tensor = checkpoint(
-            _chunk_loss,
-            x_BD[start:end],
-            y_BD,
-            scale,
-            bias,
-            (relation, start, end),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        total = total + part
-    return total / len(x_BD)
+    return mean_over_rows(_chunk_loss, x_BD, relation, chunk, y_BD, scale, bias)
 
 
-def _chunk_loss(x_CD: Tensor, y_BD: Tensor, scale: Tensor, bias: Tensor, rows: tuple[Relation, int, int]) -> Tensor:
+def _chunk_loss(x_CD: Tensor, rows: tuple[Relation, int, int], y_BD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     relation, start, end = rows
     is_positive_CB, is_negative_CB = relation.chunk(start, end)
     with torch.autocast(x_CD.device.type, enabled=False):

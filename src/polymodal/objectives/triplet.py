@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from polymodal.core.batch import Outputs
+from polymodal.objectives.chunks import mean_over_rows
 from polymodal.objectives.pairing import Pair, PairObjective, Relation
 from polymodal.objectives.report import wide
 
@@ -59,25 +59,11 @@ def triplet(
         relation: which rows are negatives of each other; an anchor without any adds 0.
         chunk: anchors at a time; a chunk's matrix is made again in the backward pass.
     """
-    total = torch.zeros((), device=x_BD.device)
-    for start in range(0, len(x_BD), chunk):
-        end = min(start + chunk, len(x_BD))
-        part: Tensor = checkpoint(
-            _chunk_loss,
-            x_BD[start:end],
-            y_BD,
-            margin,
-            negatives,
-            (relation, start, end),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        total = total + part
-    return total / len(x_BD)
+    return mean_over_rows(_chunk_loss, x_BD, relation, chunk, y_BD, margin, negatives)
 
 
 def _chunk_loss(
-    x_CD: Tensor, y_BD: Tensor, margin: float, negatives: Negatives, rows: tuple[Relation, int, int]
+    x_CD: Tensor, rows: tuple[Relation, int, int], y_BD: Tensor, margin: float, negatives: Negatives
 ) -> Tensor:
     relation, start, end = rows
     _, is_negative_CB = relation.chunk(start, end)

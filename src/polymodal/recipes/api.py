@@ -13,7 +13,7 @@ from polymodal.recipes.assemble import assemble
 from polymodal.recipes.check import CheckReport, check_recipe
 from polymodal.recipes.evaluation import evaluate
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import load
+from polymodal.recipes.stored_models import load
 
 __all__ = ["build", "check", "evaluate", "load", "train"]
 

@@ -22,6 +22,7 @@ from polymodal.recipes.assemble import Assembly, assemble
 from polymodal.recipes.lessons import check_old_stages, open_teachers
 from polymodal.recipes.loading import dump_recipe, load_recipe
 from polymodal.recipes.run import stage_sources
+from polymodal.recipes.run_folder import RECIPE, WEIGHTS
 from polymodal.recipes.schema import Recipe
 from polymodal.training.freezing import apply_train, fingerprint
 from polymodal.training.lessons import Lessons
@@ -178,7 +179,7 @@ def _teachers(lessons: Lessons) -> str | None:
 
 def _reloads(recipe: Recipe) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "recipe.yaml"
+        path = Path(folder) / RECIPE
         path.write_text(dump_recipe(recipe), encoding="utf-8")
         if load_recipe(path) != recipe:
             raise CheckFailed("the resolved recipe does not read back as an equal value")
@@ -209,7 +210,7 @@ def _sizes(parts: Assembly) -> str:
 def _saves(parts: Assembly) -> str:
     network = parts.network
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
+        path = Path(folder) / WEIGHTS
         save_weights(network, path)
         other = assemble(parts.recipe, parts.tokenizer).network
         for parameter in other.parameters():

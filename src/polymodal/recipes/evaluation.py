@@ -18,7 +18,9 @@ from polymodal.evaluation.runner import evaluate as run_task
 from polymodal.evaluation.scores import Report
 from polymodal.evaluation.tasks import TASKS, QuestionsTask, TaskConfig
 from polymodal.recipes.loading import dump_recipe, load_recipe
-from polymodal.recipes.model import RECIPE, Model, load
+from polymodal.recipes.model import Model
+from polymodal.recipes.run_folder import RECIPE
+from polymodal.recipes.stored_models import load
 from polymodal.training.state_files import hash_tensors
 
 

@@ -23,11 +23,10 @@ from polymodal.core.errors import CheckpointError, ConfigError
 from polymodal.modalities.text import Tokenizer
 from polymodal.models.weights.folder import is_checkpoint
 from polymodal.recipes.published import Published
+from polymodal.recipes.run_folder import RECIPE, WEIGHTS, missing_files
 from polymodal.recipes.schema import Recipe
-from polymodal.recipes.tokenizers import read_text_tokenizers
+from polymodal.recipes.tokenizers import TOKENIZER, read_text_tokenizers
 from polymodal.training.state_files import read_tensors
-
-_FILES = ("recipe.yaml", "tokenizer.json", "model.safetensors")
 
 
 def resolve_extension(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,12 +42,11 @@ def resolve_extension(data: Mapping[str, Any]) -> dict[str, Any]:
     folder = Path(data["extend"])
     if _is_published(folder):
         return {**data, "model": _over(Published(folder).model.to_data(), model)}
-    missing = [name for name in _FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := missing_files(folder):
         raise CheckpointError(
             f"extend: {folder} is no finished run: {', '.join(missing)} missing; expected one, or a checkpoint folder"
         )
-    base = load_yaml((folder / "recipe.yaml").read_text(encoding="utf-8"), str(folder / "recipe.yaml"))
+    base = load_yaml((folder / RECIPE).read_text(encoding="utf-8"), str(folder / RECIPE))
     _refuse_adapters(base, folder)
     merged = {**data, "model": _over(base["model"], model)}
     for key in ("limits", "overflow"):
@@ -58,7 +56,7 @@ def resolve_extension(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_published(folder: Path) -> bool:
-    return not (folder / "recipe.yaml").is_file() and is_checkpoint(folder)
+    return not (folder / RECIPE).is_file() and is_checkpoint(folder)
 
 
 def _refuse_adapters(base: Mapping[str, Any], folder: Path) -> None:
@@ -72,10 +70,17 @@ def _refuse_adapters(base: Mapping[str, Any], folder: Path) -> None:
                 )
 
 
-def _over(base: Any, new: Any) -> Any:
-    if isinstance(base, Mapping) and isinstance(new, Mapping):
-        return {**base, **{key: _over(base.get(key), value) for key, value in new.items()}}
-    return copy.deepcopy(new)
+def _over(base: Any, new: Any, place: str = "model") -> Any:
+    if isinstance(new, str) and isinstance(base, Mapping) and "use" in base:
+        new = {"use": new}
+    if not isinstance(base, Mapping) or not isinstance(new, Mapping):
+        return copy.deepcopy(new)
+    if new.get("use", base.get("use")) != base.get("use"):
+        raise ConfigError(
+            f"extend: {place}: found {new['use']!r}, the folder has {base.get('use')!r} there; expected what is there "
+            "unchanged: only add to it"
+        )
+    return {**base, **{key: _over(base.get(key), value, f"{place}.{key}") for key, value in new.items()}}
 
 
 def base_tokenizers(recipe: Recipe) -> tuple[Tokenizer, Mapping[str, Tokenizer]] | None:
@@ -83,7 +88,7 @@ def base_tokenizers(recipe: Recipe) -> tuple[Tokenizer, Mapping[str, Tokenizer]]
     if recipe.extend is None or _is_published(Path(recipe.extend)):
         return None
     folder = Path(recipe.extend)
-    return Tokenizer.load(folder / "tokenizer.json"), read_text_tokenizers(folder)
+    return Tokenizer.load(folder / TOKENIZER), read_text_tokenizers(folder)
 
 
 def fill_base(network: nn.Module, recipe: Recipe) -> None:
@@ -99,7 +104,7 @@ def fill_base(network: nn.Module, recipe: Recipe) -> None:
         heads = [f"heads.{name}" for name in recipe.model.heads if name not in published.model.heads]
         published.fill(network, without=(*streams, *heads))
         return
-    path = Path(recipe.extend) / "model.safetensors"
+    path = Path(recipe.extend) / WEIGHTS
     stored, own = read_tensors(path), network.state_dict()
     strange = [name for name in stored if name not in own or own[name].shape != stored[name].shape]
     if strange:

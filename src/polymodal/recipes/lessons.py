@@ -18,8 +18,9 @@ from polymodal.objectives.distill import teachers_of
 from polymodal.objectives.table import passes_of
 from polymodal.recipes.assemble import Assembly
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import load_assembly
+from polymodal.recipes.run_folder import RECIPE
 from polymodal.recipes.schema import Recipe
+from polymodal.recipes.stored_models import load_assembly
 from polymodal.training.consolidation import Anchor, estimate_fisher
 from polymodal.training.lessons import Lessons
 from polymodal.training.precision import Compute
@@ -107,7 +108,7 @@ def old_stage(recipe: Recipe, stage: StageConfig, config: Consolidation) -> tupl
         ConfigError: if there is none of that name, or it does not stand before the new one.
     """
     if config.run is not None:
-        other = load_recipe(Path(config.run) / "recipe.yaml")
+        other = load_recipe(Path(config.run) / RECIPE)
         return other, other.stage(config.stage)
     names = [one.name for one in recipe.stages]
     before = names[: names.index(stage.name)]

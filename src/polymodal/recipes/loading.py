@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,10 +70,21 @@ def _preset(name: str) -> dict[str, Any]:
     from polymodal.models.presets import published_names
     from polymodal.recipes.published import published_recipe
 
-    if name not in published_names():
-        valid = [*preset_names(), *published_names()]
-        raise ConfigError(f"{name}: is no file, and {unknown('preset', name, valid)}")
-    return published_recipe(name)
+    if name in published_names():
+        return published_recipe(name)
+    path = Path(name)
+    if path.is_dir():
+        raise ConfigError(f"{name}: is a folder, expected a YAML file or the name of a preset")
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        beside = [entry.name for entry in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {str(path.with_name(near[0]))!r}?" if near else "expected a recipe in YAML"
+        raise ConfigError(f"{name}: there is no such file; {hint}")
+    # The published sizes are many: only those that resemble the name are listed.
+    valid = [*preset_names(), *difflib.get_close_matches(name, published_names(), n=5)]
+    raise ConfigError(
+        f"{name}: is no file, and {unknown('preset', name, valid)}; 'polymodal presets list' shows the published sizes"
+    )
 
 
 def _names_checkpoints(value: Any) -> bool:

@@ -12,39 +12,31 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from polymodal.core.config import unknown
-from polymodal.core.errors import CheckpointError, ConfigError, SampleError
+from polymodal.core.errors import ConfigError, SampleError
 from polymodal.core.parts import Media, Part, Text, Video
 from polymodal.core.samples import Message, Sample, conversation
 from polymodal.inference.captions import write_captions
+from polymodal.inference.embedding import embed_parts
 from polymodal.inference.engine import Engine, Generation
 from polymodal.inference.filling import fill
 from polymodal.inference.prefix import PrefixCache
-from polymodal.inference.quantised import WEIGHTS as WEIGHTS_IN_FEWER_BITS
-from polymodal.inference.quantised import quantise
 from polymodal.inference.sampling import Sampling
 from polymodal.inference.speech import Speech, Task, transcribe_speech
 from polymodal.inference.transcription import transcribe_ctc
-from polymodal.modalities.text import ChatTemplate, Tokenizer, TokenStream
+from polymodal.modalities.text import TokenStream
 from polymodal.models.adapters import DEFAULT, merge_adapters, use_adapters
-from polymodal.models.heads.table import ClassConfig, ProjectionHead
+from polymodal.models.heads.table import ClassConfig
 from polymodal.models.layers.dropping import MediaDrop
 from polymodal.models.presets import Vocabulary
 from polymodal.models.weights.assign import wanted_names
-from polymodal.models.weights.folder import is_checkpoint
 from polymodal.recipes.adapters_hub import export_adapter, load_adapter
-from polymodal.recipes.assemble import Assembly, assemble, load_published
+from polymodal.recipes.assemble import Assembly
 from polymodal.recipes.exporting import export_hub
 from polymodal.recipes.keyframes import keyframes
-from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.tokenizers import read_text_tokenizers, reads_text, recipe_chat, write_tokenizer
+from polymodal.recipes.tokenizers import export_tokenizers
 from polymodal.safety.checks import check_input
-from polymodal.training.freezing import keep_adapters
-from polymodal.training.weights import read_weights
+from polymodal.training.precision import ComputeConfig
 
-WEIGHTS = "model.safetensors"
-RECIPE = "recipe.yaml"
-TOKENIZER = "tokenizer.json"
 CAPTION_REQUEST = "Describe this image."
 
 
@@ -100,8 +92,8 @@ class Model:
         self.tokenizer = assembly.tokenizer
         self.text_tokenizers = assembly.text_tokenizers
         self.network = assembly.network
-        precision = self.recipe.precision
-        self.compute = precision.model_copy(update={"device": device or precision.device}).resolve()
+        precision = self.recipe.precision.to_data()
+        self.compute = ComputeConfig.parse(precision if device is None else {**precision, "device": device}).resolve()
         self.network.to(self.compute.device)
         self.engine = Engine(self.network, assembly.processor, drop=self.recipe.drop_media)
 
@@ -215,35 +207,7 @@ class Model:
                 several.
             SampleError: if no stream of the shared space takes a part's modality.
         """
-        wrapped = [Text(part) if isinstance(part, str) else part for part in parts]
-        head = self.network.head("projection")
-        assert isinstance(head, ProjectionHead)
-        streams = self.recipe.model.streams
-        if stream is not None and stream not in head.projs:
-            raise ConfigError(unknown("stream of the projection head", stream, list(head.projs)))
-        offered = [name for name in head.projs if stream == name or (stream is None and streams[name].view is None)]
-        spaces = {streams[name].modality: name for name in reversed(offered)}
-        vectors = np.zeros((len(wrapped), head.config.dim), dtype=np.float32)
-        by_modality: dict[str, list[int]] = {}
-        for index, part in enumerate(wrapped):
-            if part.modality not in spaces:
-                raise SampleError(f"part {index}", f"is {part.modality}, the shared space holds {sorted(spaces)}")
-            by_modality.setdefault(part.modality, []).append(index)
-        for modality, indices in by_modality.items():
-            for start in range(0, len(indices), batch_size):
-                rows = indices[start : start + batch_size]
-                view = streams[spaces[modality]].view or modality
-                views = [Sample(f"part {i}", views={view: wrapped[i]}) for i in rows]
-                found = self.engine.embed(views)[spaces[modality]][0]
-                if found.ndim == 3 and vectors.ndim == 2 and len(by_modality) == 1:
-                    vectors = np.zeros((len(wrapped), *found.shape[1:]), dtype=np.float32)
-                if found.shape[1:] != vectors.shape[1:]:
-                    raise ConfigError(
-                        f"embed: found {found.shape[1]} vectors for each {modality} and parts of other modalities, "
-                        "expected parts with as many vectors; embed each modality in a call of its own"
-                    )
-                vectors[rows] = found
-        return vectors
+        return embed_parts(self.engine, [_part(part) for part in parts], batch_size, stream)
 
     def keyframes(self, video: Video, question: str, count: int, candidates: int = 64) -> Video:
         """The ``count`` frames of a video most like a question, of ``candidates`` spread over it.
@@ -364,7 +328,7 @@ class Model:
         Raises:
             SampleError: if no stream takes a part's modality.
         """
-        return [self._features(Text(part) if isinstance(part, str) else part, stream) for part in parts]
+        return [self._features(_part(part), stream) for part in parts]
 
     def _features(self, part: Part, stream: str | None) -> PartFeatures:
         streams = self.recipe.model.streams
@@ -397,19 +361,7 @@ class Model:
         has_pad = own.names.pad is not None
         vocabulary = Vocabulary(own.size, own.controls, own.bos_id, own.eos_id, own.pad_id if has_pad else None)
         name = export_hub(self.recipe.model, unique, vocabulary, Path(out), architecture, self.recipe.sources)
-        if reads_text(self.recipe):
-            chat = recipe_chat(self.recipe)
-            write_tokenizer(own, Path(out), chat)
-            if isinstance(chat, ChatTemplate):
-                # Processors of several modalities look for it in a file of its own.
-                (Path(out) / "chat_template.jinja").write_text(chat.template, encoding="utf-8")
-            instruction = self.recipe.model.instruction_stream
-            if instruction is not None and instruction in self.text_tokenizers:
-                beside = Path(out) / "qformer_tokenizer"
-                beside.mkdir()
-                write_tokenizer(self.text_tokenizers[instruction], beside)
-        elif len(self.text_tokenizers) == 1:
-            write_tokenizer(next(iter(self.text_tokenizers.values())), Path(out))
+        export_tokenizers(self.recipe, own, self.text_tokenizers, Path(out))
         return name
 
     def load_adapter(self, source: str | os.PathLike[str], name: str = DEFAULT) -> list[str]:
@@ -484,6 +436,10 @@ class Model:
             yield rest
 
 
+def _part(part: Part | str) -> Part:
+    return Text(part) if isinstance(part, str) else part
+
+
 def _parsed(drop: MediaDrop | Mapping[str, Any] | None) -> MediaDrop | None:
     return None if drop is None else MediaDrop.parse(drop, "drop_media")
 
@@ -500,56 +456,3 @@ def _without_answer(sample: Sample) -> Sample:
     if messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     return Sample(sample.id, messages, sample.views, sample.label, sample.meta, sample.tokens)
-
-
-LOADED = ("auto", "fp32", *WEIGHTS_IN_FEWER_BITS)
-"""How weights may be held; see :func:`load`."""
-
-
-def load(path: str | os.PathLike[str], device: str | None = None, weights: str = "auto") -> Model:
-    """The model of a run folder or of a published checkpoint.
-
-    Args:
-        path: the folder that ``polymodal train`` or ``quickstart`` wrote, a checkpoint folder as model hubs lay it out,
-            or a hub id.
-        device: ``cpu`` or ``cuda``; None takes the recipe's choice.
-        weights: how to hold them. ``auto``: in the number format that most of them are stored in, mapped from a
-            checkpoint's file and not copied. ``fp32``: in float32. ``bf16``, ``int8`` or ``int4``: in fewer bits; see
-            :mod:`polymodal.inference.quantised`.
-
-    Raises:
-        MissingExtraError: if int8 or int4 is asked for and torchao is not installed.
-        CheckpointError: if the folder is neither, or its weights do not match its recipe or config.
-        ConfigError: if a published architecture has no native form.
-    """
-    if weights not in LOADED:
-        raise ConfigError(f"weights: {unknown('form', weights, LOADED)}")
-    model = Model(load_assembly(path, as_stored=weights != "fp32"), device)
-    if weights in WEIGHTS_IN_FEWER_BITS:
-        quantise(model.network, weights)
-    return model
-
-
-def load_assembly(path: str | os.PathLike[str], *, as_stored: bool = False) -> Assembly:
-    """The parts of :func:`load`'s model.
-
-    Args:
-        path: see :func:`load`.
-        as_stored: whether a published checkpoint keeps its number format; else it becomes float32.
-
-    Raises:
-        CheckpointError, ConfigError: as :func:`load`.
-    """
-    folder = Path(path)
-    if not (folder / RECIPE).is_file() and (is_checkpoint(folder) or not folder.exists()):
-        return load_published(path, as_stored=as_stored)
-    missing = [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{folder}: is not a run folder: {', '.join(missing)} missing; expected what 'polymodal train' leaves there"
-        )
-    recipe = load_recipe(folder / RECIPE)
-    parts = assemble(recipe, Tokenizer.load(folder / TOKENIZER), read_text_tokenizers(folder), with_sources=False)
-    keep_adapters(parts.network, ((stage.name, stage.train) for stage in recipe.stages))
-    read_weights(parts.network, folder / WEIGHTS)
-    return parts

@@ -107,12 +107,12 @@ class Published:
         own = {part + n[len(at) :]: n for n in wanted_names(network) if _below(n, at) and n not in new}
         loaded = table.load(own, stored, where)
         if not at:
-            unknown = table.unknown(network.state_dict(), list(stored))
-            if unknown:
-                more = f" and {len(unknown) - 6} more" if len(unknown) > 6 else ""
+            strange = table.unknown(network.state_dict(), list(stored))
+            if strange:
+                more = f" and {len(strange) - 6} more" if len(strange) > 6 else ""
                 raise CheckpointError(
-                    f"{where}: {len(unknown)} tensor(s) unknown to {self.architecture.name}: "
-                    f"{', '.join(unknown[:6])}{more}; the file is of another architecture than config.json names"
+                    f"{where}: {len(strange)} tensor(s) unknown to {self.architecture.name}: "
+                    f"{', '.join(strange[:6])}{more}; the file is of another architecture than config.json names"
                 )
         assign(network, {own[name]: tensor for name, tensor in loaded.items()}, where)
         absent = [name for name in without_memory(network) if _below(name, at)]

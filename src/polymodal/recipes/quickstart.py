@@ -29,10 +29,12 @@ from polymodal.evaluation.tasks import QuestionsTask, RetrievalTask, TaskConfig,
 from polymodal.models.heads.table import ProjectionConfig
 from polymodal.recipes.evaluation import evaluate, resolve_task
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.model import WEIGHTS, Model, load_assembly
+from polymodal.recipes.model import Model
 from polymodal.recipes.quickstart_report import report_data
 from polymodal.recipes.run import train
+from polymodal.recipes.run_folder import WEIGHTS
 from polymodal.recipes.schema import Recipe
+from polymodal.recipes.stored_models import load_assembly
 
 Say = Callable[[str], None]
 """Takes one line for the person who waits."""

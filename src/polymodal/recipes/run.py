@@ -29,10 +29,18 @@ from polymodal.objectives.table import Losses, passes_of, weighted_losses
 from polymodal.recipes.assemble import Assembly, assemble
 from polymodal.recipes.codes import fit_codes, remove_codes
 from polymodal.recipes.lessons import open_anchors, open_teachers, remove_anchors
-from polymodal.recipes.model import WEIGHTS
-from polymodal.recipes.run_folder import claim, disk_errors, is_finished, locked, run_tokenizer, save_tokenizer
+from polymodal.recipes.run_folder import (
+    QUARANTINE,
+    STAGES,
+    WEIGHTS,
+    claim,
+    disk_errors,
+    is_finished,
+    locked,
+    run_tokenizer,
+)
 from polymodal.recipes.schema import Recipe
-from polymodal.recipes.tokenizers import read_text_tokenizers, write_text_tokenizers
+from polymodal.recipes.tokenizers import read_text_tokenizers, write_text_tokenizers, write_tokenizer
 from polymodal.training.accumulate import mean_losses
 from polymodal.training.checkpoints import Keep
 from polymodal.training.features import FeatureStore
@@ -101,7 +109,7 @@ def train(
         parts = assemble(recipe, tokenizer, read_text_tokenizers(folder))
         if tokenizer is None:
             write_text_tokenizers(parts.text_tokenizers, folder)
-            save_tokenizer(parts.tokenizer, folder)
+            write_tokenizer(parts.tokenizer, folder)
         compute = recipe.precision.resolve()
         compute.apply()
         parts.network.to(compute.device)
@@ -122,7 +130,7 @@ def stage_sources(recipe: Recipe, stage: StageConfig) -> list[Source]:
 
 
 def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> None:
-    folder = run.out / "stages" / f"{index:02d}-{stage.name}"
+    folder = run.out / STAGES / f"{index:02d}-{stage.name}"
     done = folder / "weights.safetensors"
     network = run.parts.network
     if done.is_file():
@@ -139,7 +147,7 @@ def _run_stage(run: _Run, index: int, stage: StageConfig, result: RunResult) -> 
     sources = stage_sources(run.recipe, stage)
     fit_codes(run.parts, stage, sources, folder, run.progress.note)
     apply_train(network, stage.train, f"stages.{stage.name}.train")
-    quarantine = Quarantine(run.out / "quarantine.jsonl", max_rate=run.recipe.max_bad_rate)
+    quarantine = Quarantine(run.out / QUARANTINE, max_rate=run.recipe.max_bad_rate)
     with _features(run, stage, sources) as features:
         processor = features.processor if features is not None else run.parts.processor
         weights = [entry.weight for entry in stage.data]
@@ -203,9 +211,9 @@ def _features(run: _Run, stage: StageConfig, sources: list[Source]) -> Iterator[
                 f"stages.{stage.name}.cache_features: every encoder of a stream with media trains in this stage, so "
                 "that no feature stays the same; set it to false, or take the encoders out of 'train'"
             )
-        run.progress.start(f"{stage.name}: encoding", sum(map(len, sources)))
+        run.progress.start(f"{stage.name}: encoding", sum(map(len, sources)), unit="samples")
         try:
-            store.fill(sources, lambda done, _: run.progress.update(Update(done, {}, 0.0, 0, 1)))
+            store.fill(sources, lambda done, _: run.progress.update(Update(done, {}, None, 0, 1)))
         finally:
             run.progress.stop()
         yield store

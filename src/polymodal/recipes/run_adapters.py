@@ -13,7 +13,7 @@ from polymodal.models.adapters import adapter_parameters
 from polymodal.recipes.adapters_hub import export_adapter
 from polymodal.recipes.assemble import assemble
 from polymodal.recipes.loading import load_recipe
-from polymodal.recipes.run_folder import run_tokenizer
+from polymodal.recipes.run_folder import RECIPE, run_tokenizer
 from polymodal.recipes.schema import Recipe
 from polymodal.training.freezing import apply_train
 from polymodal.training.state_files import read_tensors
@@ -33,7 +33,7 @@ def export_run_adapters(run: str | os.PathLike[str], out: str | os.PathLike[str]
         CheckpointError: if the run has no adapters, or ``out`` is not empty.
     """
     folder, target = Path(run), Path(out)
-    recipe = load_recipe(folder / "recipe.yaml")
+    recipe = load_recipe(folder / RECIPE)
     found = list(_trained(recipe, folder).items())
     if not found:
         raise CheckpointError(f"{folder}: no stage of this run trained an adapter; expected one to export")

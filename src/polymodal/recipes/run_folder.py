@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from polymodal.core.errors import CheckpointError
+from polymodal.core.locks import lock
 from polymodal.modalities.text import Tokenizer
 from polymodal.recipes.loading import dump_recipe, load_recipe
-from polymodal.recipes.model import RECIPE, TOKENIZER, WEIGHTS
 from polymodal.recipes.schema import Recipe
-from polymodal.recipes.tokenizers import write_tokenizer
+from polymodal.recipes.tokenizers import TOKENIZER, remove_tokenizers
 
+RECIPE = "recipe.yaml"
+WEIGHTS = "model.safetensors"
+STAGES = "stages"
+QUARANTINE = "quarantine.jsonl"
 _LOCK = ".lock"
 _DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO))
 """What a disk says when it takes no more."""
@@ -25,6 +28,9 @@ _DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.E
 def claim(recipe: Recipe, folder: Path) -> None:
     """Write the recipe into a new folder, or prove that the folder holds a run of the same one.
 
+    A run that stopped before its first update is begun anew with the new recipe: whoever mends a recipe runs the same
+    command again.
+
     Raises:
         CheckpointError: if it holds another recipe, naming what differs, or something that is no run.
     """
@@ -32,11 +38,16 @@ def claim(recipe: Recipe, folder: Path) -> None:
     path = folder / RECIPE
     if path.is_file():
         found = load_recipe(path)
-        if found != recipe:
+        if found == recipe:
+            return
+        if (folder / STAGES).exists() or is_finished(folder):
             raise CheckpointError(
                 f"{folder}: holds a run of another recipe; {_difference(found.to_data(), recipe.to_data())}. "
                 "Choose another --out, undo the change, or remove the folder"
             )
+        remove_tokenizers(folder)
+        (folder / QUARANTINE).unlink(missing_ok=True)
+        _write(path, dump_recipe(recipe))
         return
     foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in (_LOCK, _partial(path).name))
     if foreign:
@@ -52,9 +63,9 @@ def run_tokenizer(folder: Path) -> Tokenizer | None:
     return Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the run's tokenizer, whole or not at all."""
-    write_tokenizer(tokenizer, folder)
+def missing_files(folder: Path) -> list[str]:
+    """What a folder lacks of a finished run's files."""
+    return [name for name in (RECIPE, TOKENIZER, WEIGHTS) if not (folder / name).is_file()]
 
 
 def is_finished(folder: Path) -> bool:
@@ -69,17 +80,12 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: if another process trains into the folder.
     """
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file, expected a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK).open("ab") as file:
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file)
         except OSError:
             raise CheckpointError(
                 f"{folder}: another process trains into this folder; wait for its end, or choose another --out"
@@ -100,8 +106,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in _DISK:
             raise
         raise CheckpointError(
-            f"{folder}: could not be written: {error}; free space, then run the same command again: it goes on from "
-            "the last checkpoint"
+            f"{folder}: could not be written: {error}; free space or make it writable, then run the same command "
+            "again: it goes on from the last checkpoint"
         ) from error
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from polymodal.core.parts import Text
 from polymodal.core.samples import Sample
 from polymodal.data.planner import BAD_SAMPLE
 from polymodal.data.sources import open_source
-from polymodal.modalities.text import Chat, TextReaderConfig, Tokenizer, TokenNames, chat_format, template_of, train_bpe
+from polymodal.modalities.text import (
+    Chat,
+    ChatTemplate,
+    TextReaderConfig,
+    Tokenizer,
+    TokenNames,
+    chat_format,
+    template_of,
+    train_bpe,
+)
 from polymodal.modalities.text.tokenizer import END, START
 from polymodal.models.backbones.decoder import CausalConfig
 from polymodal.models.compose import TokenizerConfig
@@ -26,7 +36,8 @@ from polymodal.recipes.schema import Recipe
 
 _SAMPLES = 20_000
 """Samples per source that a tokenizer is trained on; more changes little and takes time."""
-_FILE, _NAMES, _STREAMS = "tokenizer.json", "tokenizer_config.json", "tokenizers"
+TOKENIZER = "tokenizer.json"
+_NAMES, _STREAMS = "tokenizer_config.json", "tokenizers"
 
 
 def recipe_chat(recipe: Recipe) -> Chat | None:
@@ -175,10 +186,40 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, chat: Chat | None = None
     files = tokenizer.hub_files()
     if chat is not None and (template := template_of(chat, tokenizer)) is not None:
         files[_NAMES]["chat_template"] = template
-    for name in (_NAMES, _FILE):
+        if isinstance(chat, ChatTemplate) and template != chat.template:
+            # Processors of several modalities put the tokenizer's own start before what a template writes; a template
+            # of text alone writes all of it.
+            files[TOKENIZER]["post_processor"] = None
+    for name in (_NAMES, TOKENIZER):
         partial = folder / f"{name}.part"
         partial.write_text(json.dumps(files[name], ensure_ascii=False) + "\n", encoding="utf-8")
         partial.replace(folder / name)
+
+
+def export_tokenizers(
+    recipe: Recipe, tokenizer: Tokenizer, text_tokenizers: Mapping[str, Tokenizer], folder: Path
+) -> None:
+    """Write a model's tokenizers as checkpoints of model hubs hold them.
+
+    Args:
+        recipe: of the model.
+        tokenizer: the model's own; written where a part of the model reads it, with its chat template.
+        text_tokenizers: those of text streams: the one that the instruction is read with goes into a folder of its own,
+            and the only one of a model that reads no other into ``folder`` itself.
+        folder: of the checkpoint.
+    """
+    if not reads_text(recipe):
+        if len(text_tokenizers) == 1:
+            write_tokenizer(next(iter(text_tokenizers.values())), folder)
+        return
+    chat = recipe_chat(recipe)
+    write_tokenizer(tokenizer, folder, chat)
+    if isinstance(chat, ChatTemplate):
+        # Processors of several modalities look for it in a file of its own.
+        (folder / "chat_template.jinja").write_text(template_of(chat, tokenizer) or "", encoding="utf-8")
+    instruction = recipe.model.instruction_stream
+    if instruction is not None and instruction in text_tokenizers:
+        write_tokenizer(text_tokenizers[instruction], folder / "qformer_tokenizer")
 
 
 def write_text_tokenizers(tokenizers: Mapping[str, Tokenizer], folder: Path) -> None:
@@ -187,7 +228,14 @@ def write_text_tokenizers(tokenizers: Mapping[str, Tokenizer], folder: Path) -> 
         write_tokenizer(tokenizer, folder / _STREAMS / name)
 
 
+def remove_tokenizers(folder: Path) -> None:
+    """Take all tokenizers out of a run folder, so that they are made anew."""
+    for name in (TOKENIZER, _NAMES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / _STREAMS, ignore_errors=True)
+
+
 def read_text_tokenizers(folder: Path) -> dict[str, Tokenizer]:
     """The tokenizers of text streams that a run folder holds."""
-    found = sorted((folder / _STREAMS).glob(f"*/{_FILE}"))
+    found = sorted((folder / _STREAMS).glob(f"*/{TOKENIZER}"))
     return {path.parent.name: Tokenizer.load(path.parent) for path in found}

@@ -22,8 +22,8 @@ from polymodal.data.feature_arrays import Features as Stored
 from polymodal.data.feature_cache import FeatureCache
 from polymodal.data.planner import BAD_SAMPLE
 from polymodal.data.protocols import Source
-from polymodal.modalities.processor import Processor, collate_units
-from polymodal.modalities.reader import Reader, checked_read
+from polymodal.modalities.processor import Processor, collate_units, read_item
+from polymodal.modalities.reader import Reader
 from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.training.freezing import fingerprint
 from polymodal.training.precision import Compute
@@ -71,11 +71,11 @@ class FeatureStore:
         met: set[Hashable] = set()
         for source in sources:
             for index in range(len(source)):
-                for name, key, part in self._items(source, index, met):
+                for name, key, item in self._items(source, index, met):
                     if key in seen:
                         continue
                     seen.add(key)
-                    groups[name][key] = part
+                    groups[name][key] = item
                     if len(groups[name]) == ITEMS_PER_GROUP:
                         encoded += self._complete(name, groups[name])
                         groups[name] = {}
@@ -105,7 +105,7 @@ class FeatureStore:
         self.close()
 
     def _items(self, source: Source, index: int, met: set[Hashable]) -> list[tuple[str, str, Any]]:
-        """The media items of a sample as ``(stream, key, part)``; none of a sample that cannot be used.
+        """The media items of a sample as ``(stream, key, (part, lengths))``; none of a sample that cannot be used.
 
         A sample with the very media of one before, which ``met`` remembers, is not planned: many questions are asked of
         one picture, and a plan costs more than reading the line.
@@ -117,9 +117,9 @@ class FeatureStore:
                 return []
             plan = self.processor.plan(sample)
             items = [
-                (name, f"{self.tags[name]}:{part.content_key()}", part)
+                (name, f"{self.tags[name]}:{item[0].content_key()}", item)
                 for name in self.tags
-                for part, _ in plan.items.get(name, [])
+                for item in plan.items.get(name, [])
             ]
         except BAD_SAMPLE:
             return []
@@ -139,7 +139,7 @@ class FeatureStore:
             return 0
         reader = self.processor.streams[name].reader
         with ThreadPoolExecutor(2) as pool:
-            read = list(pool.map(lambda part: _read(reader, part), group.values()))
+            read = list(pool.map(lambda item: _read(reader, *item), group.values()))
         kept = [(key, found) for key, found in zip(group, read, strict=True) if found is not None]
         if not kept:
             return 0
@@ -214,9 +214,8 @@ def stream_tag(model: MultimodalModel, name: str) -> str:
 
 
 def _tagged(processor: Processor, tags: dict[str, str]) -> Processor:
-    streams = {name: replace(layout, cache_tag=tags.get(name, "")) for name, layout in processor.streams.items()}
-    return Processor(
-        processor.tokenizer, processor.chat, streams, max_tokens=processor.max_tokens, overflow=processor.overflow
+    return processor.with_streams(
+        {name: replace(layout, cache_tag=tags.get(name, "")) for name, layout in processor.streams.items()}
     )
 
 
@@ -231,8 +230,8 @@ def _files_of(sample: Sample) -> Hashable | None:
     return tuple(found)
 
 
-def _read(reader: Reader, part: Any) -> ModelInput | None:
+def _read(reader: Reader, part: Any, lengths: tuple[int, ...]) -> ModelInput | None:
     try:
-        return checked_read(reader, part, reader.measure(part))
+        return read_item(reader, part, lengths)
     except BAD_SAMPLE:
         return None

@@ -26,13 +26,13 @@ class Update:
     Args:
         step: updates done in this stage, this one included.
         losses: ``objective`` and ``objective/modality`` to value.
-        lr: the learning rate of the first group.
+        lr: the learning rate of the first group; None for work that is no training.
         num_tokens: tokens that went through the model; num_samples: samples.
     """
 
     step: int
     losses: Mapping[str, float]
-    lr: float
+    lr: float | None
     num_tokens: int
     num_samples: int
 
@@ -88,8 +88,8 @@ def memory_bytes() -> dict[str, int]:
 class Progress:
     """Shows nothing; the base of those that do."""
 
-    def start(self, stage: str, total: int, done: int = 0) -> None:
-        """A stage begins: its name, its updates, and how many a resumed run has done."""
+    def start(self, stage: str, total: int, done: int = 0, unit: str = "updates") -> None:
+        """A stage begins: its name, its updates (or other units), and how many a resumed run has done."""
 
     def update(self, update: Update) -> None:
         """An update was made."""
@@ -108,10 +108,10 @@ class LineProgress(Progress):
         self._stream, self._every_s, self._clock = stream, every_s, clock
         self._stage, self._meter, self._last_s = "", Meter(0, clock), float("-inf")
 
-    def start(self, stage: str, total: int, done: int = 0) -> None:
+    def start(self, stage: str, total: int, done: int = 0, unit: str = "updates") -> None:
         """See :meth:`Progress.start`."""
         self._stage, self._meter, self._last_s = stage, Meter(total, self._clock), float("-inf")
-        self.note(f"{stage}: {total:,} updates" + (f", {done:,} of them done" if done else ""))
+        self.note(f"{stage}: {total:,} {unit}" + (f", {done:,} of them done" if done else ""))
 
     def update(self, update: Update) -> None:
         """See :meth:`Progress.update`."""
@@ -136,7 +136,7 @@ class LiveProgress(Progress):
         self._stage, self._meter = "", Meter(0, clock)
         self._live: Live | None = None
 
-    def start(self, stage: str, total: int, done: int = 0) -> None:
+    def start(self, stage: str, total: int, done: int = 0, unit: str = "updates") -> None:
         """See :meth:`Progress.start`."""
         self.stop()
         self._stage, self._meter = stage, Meter(total, self._clock)
@@ -154,7 +154,7 @@ class LiveProgress(Progress):
         for name, value in update.losses.items():
             depth, _, part = name.rpartition("/")
             table.add_row(Text(f"  {part}" if depth else name), f"{value:.4f}")
-        self._live.update(Group(table, Text("  ".join([f"lr {update.lr:.2e}", *speed_cells(rates)]), style="dim")))
+        self._live.update(Group(table, Text("  ".join([*_lr(update), *speed_cells(rates)]), style="dim")))
 
     def note(self, text: str) -> None:
         """See :meth:`Progress.note`."""
@@ -169,7 +169,11 @@ class LiveProgress(Progress):
 
 def loss_cells(update: Update) -> list[str]:
     """The losses and the learning rate, as short texts."""
-    return [*(f"{name} {value:.4f}" for name, value in update.losses.items()), f"lr {update.lr:.2e}"]
+    return [*(f"{name} {value:.4f}" for name, value in update.losses.items()), *_lr(update)]
+
+
+def _lr(update: Update) -> list[str]:
+    return [] if update.lr is None else [f"lr {update.lr:.2e}"]
 
 
 def speed_cells(rates: Rates | None) -> list[str]:

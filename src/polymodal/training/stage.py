@@ -111,8 +111,8 @@ class StageConfig(Config):
         if self.grad_cache and any(entry.config.needs != "embed" for entry in objectives):
             raise ValueError(f"stage {self.name!r}: grad_cache is for contrastive objectives alone")
         needs = {entry.config.needs for entry in objectives}
-        if {"match", "match_hard"} <= needs:
-            raise ValueError(f"stage {self.name!r}: found random and hard negatives of matching, expected one kind")
+        if len({"match", "match_any", "match_hard"} & needs) > 1:
+            raise ValueError(f"stage {self.name!r}: found several kinds of negatives of matching, expected one kind")
         if self.grad_cache and any(entry.config.twin is not None for entry in objectives):
             raise ValueError(f"stage {self.name!r}: grad_cache does without a queue; leave momentum_contrast out")
         if (self.grad_cache or self.cache_features) and teachers_of(objectives):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polymodal.core.errors import CheckpointError
+from polymodal.models.weights.folder import unreadable
 
 _LOG = logging.getLogger(__name__)
 _TAGS = ("$tensor", "$array", "$tuple", "$items", "$float")
@@ -65,7 +66,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             metadata = file.metadata() or {}
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+        raise unreadable(path, error) from None
     tensors.update({alias: tensors[name] for alias, name in json.loads(metadata.get("aliases", "{}")).items()})
     return tensors
 

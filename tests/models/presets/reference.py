@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+
+import polymodal as pm
+from polymodal.core.errors import CheckpointError
+from polymodal.models.compose import MultimodalModel
+from polymodal.models.presets import find_size
+from polymodal.models.weights import HubConfigs
+from polymodal.models.weights.assign import no_weights, num_parameters
 
 REL = 1e-4
 
@@ -57,6 +70,43 @@ def _record(worst: float) -> None:
         test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0]
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"test": test, "relative": worst}) + "\n")
+
+
+def assert_missing_is_named(folder: Path, tensor: str, count: int = 1) -> None:
+    """A copy of a checkpoint without one stored tensor, which ``count`` tensors of ours come from, is refused."""
+    with tempfile.TemporaryDirectory() as place:
+        broken = shutil.copytree(folder, Path(place) / "broken")
+        tensors = load_file(broken / "model.safetensors")
+        del tensors[tensor]
+        save_file(tensors, broken / "model.safetensors")
+        with pytest.raises(CheckpointError, match=rf"{count} tensor\(s\) missing: {re.escape(tensor)}"):
+            pm.load(broken)
+
+
+def assert_published_size(name: str, build: Callable[[Any], nn.Module] | None = None, rows: int = 1) -> None:
+    """A published size has as many parameters here and in the reference as the table of sizes says.
+
+    Args:
+        name: of the size.
+        build: its config -> the reference; None builds the class that the config names.
+        rows: of the token embedding, where they follow from the tokenizer alone.
+    """
+    architecture, size = find_size(name)
+    model = architecture.model(HubConfigs(size.config, size.preprocessor))
+    with no_weights():
+        ours = MultimodalModel(model, model.tokenizer.rows or rows)
+    with torch.device("meta"):
+        reference = (build or _named)(size.config)
+    assert num_parameters(ours) == num_parameters(reference) == size.parameters
+
+
+def _named(config: Mapping[str, Any]) -> Any:
+    import transformers
+
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind(kind.config_class(**config))
+    model.tie_weights()
+    return model
 
 
 def assert_same_weights(one: Any, other: Any) -> None:

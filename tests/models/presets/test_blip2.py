@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError, SampleError
+from polymodal.core.errors import ConfigError, SampleError
 from polymodal.core.samples import conversation
 from polymodal.inference.sampling import Sampling
 from polymodal.models.compose import MultimodalModel, to_device
@@ -22,7 +21,7 @@ from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .languages import byte_tokenizer
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import assert_close, assert_missing_is_named, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,16 +180,8 @@ def test_export_reloads_there_bit_for_bit(made: tuple[Path, Any, str], tmp_path:
     assert torch.equal(one, other)
 
 
-def test_a_missing_tensor_is_named(made: tuple[Path, Any, str], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(made[0], tmp_path / "broken")
-    tensors = load_file(tmp_path / "broken" / "model.safetensors")
-    name = "qformer.encoder.layer.2.crossattention.attention.key.weight"
-    del tensors[name]
-    save_file(tensors, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"missing: {name}"):
-        pm.load(tmp_path / "broken")
+def test_a_missing_tensor_is_named(made: tuple[Path, Any, str]) -> None:
+    assert_missing_is_named(made[0], "qformer.encoder.layer.2.crossattention.attention.key.weight")
 
 
 def test_a_picture_in_an_answer_is_refused(made: tuple[Path, Any, str]) -> None:

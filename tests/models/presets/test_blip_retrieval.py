@@ -6,32 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
-from polymodal.models.presets import find_architecture, find_size
+from polymodal.core.errors import ConfigError
+from polymodal.models.presets import find_architecture
 from polymodal.models.presets.blip_retrieval import BLIP_RETRIEVAL
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .bert_tokenizer import bert_tokenizer
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .pairs import PICTURES, SAMPLES, TEXTS
+from .reference import (
+    assert_close,
+    assert_missing_is_named,
+    assert_published_size,
+    assert_same_weights,
+    randomise,
+    save_reference,
+)
 
 transformers = pytest.importorskip("transformers")
-
-TEXTS = ["a red dog", "what is it on the grass?", "cats"]
-_RNG = np.random.default_rng(0)
-PICTURES = [
-    PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))
-]
-SAMPLES = [
-    pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
-    for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))
-]
 
 
 def make(folder: Path) -> tuple[Path, Any, Any]:
@@ -88,18 +83,8 @@ def test_the_export_reads_back_bit_for_bit(made: tuple[Path, Any, Any], tmp_path
     np.testing.assert_array_equal(again.match(SAMPLES), model.match(SAMPLES))
 
 
-def test_a_missing_tensor_is_named(made: tuple[Path, Any, Any], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    for path in made[0].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["vision_model.encoder.layers.1.self_attn.qkv.bias"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(
-        CheckpointError, match=r"3 tensor\(s\) missing: vision_model.encoder.layers.1.self_attn.qkv.bias"
-    ):
-        pm.load(tmp_path)
+def test_a_missing_tensor_is_named(made: tuple[Path, Any, Any]) -> None:
+    assert_missing_is_named(made[0], "vision_model.encoder.layers.1.self_attn.qkv.bias", count=3)
 
 
 def test_what_is_not_built_is_refused() -> None:
@@ -111,9 +96,6 @@ def test_what_is_not_built_is_refused() -> None:
 
 @pytest.mark.parametrize("name", list(BLIP_RETRIEVAL.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    architecture, size = find_size(name)
-    with no_weights():
-        ours = num_parameters(MultimodalModel(architecture.model(HubConfigs(size.config)), 30524))
-    with torch.device("meta"):
-        reference = transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(
+        name, lambda config: transformers.BlipForImageTextRetrieval(transformers.BlipConfig(**config)), rows=30524
+    )

@@ -12,14 +12,11 @@ import torch
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
-from polymodal.models.presets import find_size
 from polymodal.models.presets.clip import CLIP
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .clip_tokenizer import clip_tokenizer
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import assert_close, assert_published_size, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -208,10 +205,4 @@ def test_what_is_not_built_is_refused() -> None:
 @pytest.mark.parametrize("name", list(CLIP.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
     # Published as 151M, 150M, 428M and 428M.
-    architecture, size = find_size(name)
-    model = architecture.model(HubConfigs(size.config))
-    with no_weights():
-        ours = num_parameters(MultimodalModel(model, model.tokenizer.rows or 1))
-    with torch.device("meta"):
-        reference = transformers.CLIPModel(transformers.CLIPConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(name, lambda config: transformers.CLIPModel(transformers.CLIPConfig(**config)))

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.core.samples import conversation
+from polymodal.core.errors import ConfigError
 from polymodal.inference.engine import Generation
 from polymodal.inference.sampling import Sampling
-from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.presets import find_size
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .languages import byte_tokenizer
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .pairs import PICTURES
+from .prompts import asked, assert_same_logits
+from .reference import assert_missing_is_named, assert_published_size, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -30,10 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "resampler": {"use_resampler": True, "qk_layer_norms": True, "alpha_type": "vector", "cross_layer_interval": 2},
     "features": {"use_resampler": False},
 }
-_RNG = np.random.default_rng(0)
-PICTURES = [
-    PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((24, 24), (30, 64), (90, 40))
-]
 FAKE, IMAGE = "<fake_token_around_image>", "<image>"
 PROMPTS: list[list[Any]] = [
     [PICTURES[0], "What is in it?"],
@@ -84,10 +77,6 @@ def inputs_of(folder: Path, prompt: list[Any]) -> Any:
     return transformers.IdeficsProcessor(images, words)(text=[prompt], return_tensors="pt", add_special_tokens=False)
 
 
-def asked(prompt: list[Any]) -> pm.Sample:
-    return conversation(*(pm.Image(part) if isinstance(part, PIL.Image.Image) else part for part in prompt))
-
-
 def test_logits_equal_the_reference(made: tuple[Path, Any]) -> None:
     folder, reference = made
     model = pm.load(folder)
@@ -96,12 +85,8 @@ def test_logits_equal_the_reference(made: tuple[Path, Any]) -> None:
         inputs = inputs_of(folder, prompt)
         plan = model.engine.processor.plan(asked(prompt), prompt=True)
         assert start + plan.ids == inputs.input_ids[0].tolist(), "the reference's processor adds the start token"
-        batch = to_device(model.engine.processor.collate([model.engine.processor.load(plan)], packed=False), "cpu")
         rest = {name: value[:, 1:] for name, value in inputs.items() if name != "pixel_values"}
-        with torch.inference_mode():
-            ours = model.network.token_logits(model.network.states(batch))
-            theirs = reference(pixel_values=inputs.pixel_values, **rest).logits
-        assert_close(ours, theirs)
+        assert_same_logits(model, plan, reference, {"pixel_values": inputs.pixel_values, **rest})
 
 
 def test_greedy_answers_equal_the_reference(made: tuple[Path, Any]) -> None:
@@ -141,15 +126,8 @@ def test_export_reloads_there_bit_for_bit(made: tuple[Path, Any], tmp_path: Path
         assert torch.equal(again(**inputs).logits, reference(**inputs_of(folder, PROMPTS[1])).logits)
 
 
-def test_a_missing_tensor_is_named(made: tuple[Path, Any], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(made[0], tmp_path / "broken")
-    tensors = load_file(tmp_path / "broken" / "model.safetensors")
-    del tensors["model.gated_cross_attn_layers.1.alpha_dense"]
-    save_file(tensors, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing: model.gated_cross_attn_layers.1.alpha_dense"):
-        pm.load(tmp_path / "broken")
+def test_a_missing_tensor_is_named(made: tuple[Path, Any]) -> None:
+    assert_missing_is_named(made[0], "model.gated_cross_attn_layers.1.alpha_dense")
 
 
 def test_what_there_is_no_native_form_of_is_refused() -> None:
@@ -160,9 +138,6 @@ def test_what_there_is_no_native_form_of_is_refused() -> None:
 
 @pytest.mark.parametrize("name", list(find_size("idefics-9b")[0].sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    architecture, size = find_size(name)
-    with no_weights():
-        ours = num_parameters(MultimodalModel(architecture.model(HubConfigs(size.config)), 32_002))
-    with torch.device("meta"):
-        reference = transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(
+        name, lambda config: transformers.IdeficsForVisionText2Text(transformers.IdeficsConfig(**config)), rows=32_002
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.samples import conversation
-from polymodal.inference.sampling import Sampling
-from polymodal.models.compose import MultimodalModel, to_device
+from polymodal.models.compose import MultimodalModel
 from polymodal.models.presets.llava import LLAVA
 from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .languages import byte_tokenizer
+from .prompts import asked, assert_same_answers, assert_same_logits, laid_out
 from .reference import assert_close, assert_same_weights, randomise
 
 transformers = pytest.importorskip("transformers")
@@ -91,22 +91,19 @@ def make(folder: Path, kind: str) -> Path:
     return folder
 
 
+def processor(folder: Path) -> Any:
+    return transformers.LlavaProcessor.from_pretrained(folder)
+
+
+def inputs_of(folder: Path, prompt: Sequence[Any]) -> Any:
+    """A prompt as the reference takes it."""
+    return laid_out(processor(folder), prompt)
+
+
 @pytest.fixture(scope="module", params=["clip", "siglip"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = make(tmp_path_factory.mktemp(request.param), request.param)
     return folder, transformers.LlavaForConditionalGeneration.from_pretrained(folder).eval()
-
-
-def inputs_of(folder: Path, prompt: list[Any]) -> Any:
-    processor = transformers.LlavaProcessor.from_pretrained(folder)
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in prompt]
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    pictures = [part for part in prompt if not isinstance(part, str)]
-    return processor(images=pictures or None, text=text, return_tensors="pt")
-
-
-def asked(prompt: list[Any]) -> pm.Sample:
-    return conversation(*(part if isinstance(part, str) else pm.Image(part) for part in prompt))
 
 
 def test_logits_equal_the_reference(made: tuple[Path, Any]) -> None:
@@ -116,25 +113,13 @@ def test_logits_equal_the_reference(made: tuple[Path, Any]) -> None:
         inputs = inputs_of(folder, prompt)
         plan = model.engine.processor.plan(asked(prompt), prompt=True)
         assert plan.ids == inputs.input_ids[0].tolist()
-        batch = to_device(model.engine.processor.collate([model.engine.processor.load(plan)], packed=False), "cpu")
-        with torch.inference_mode():
-            ours = model.network.token_logits(model.network.states(batch))
-            assert_close(ours, reference(**inputs).logits)
+        assert_same_logits(model, plan, reference, inputs)
 
 
 def test_greedy_answers_equal_the_reference(made: tuple[Path, Any]) -> None:
     folder, reference = made
-    model = pm.load(folder)
-    found = model.engine.generate([asked(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=32))
-    for prompt, each in zip(PROMPTS, found, strict=True):
-        inputs = inputs_of(folder, prompt)
-        with torch.inference_mode():
-            row = reference.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        ids = row.tolist()
-        ends = [place for place, id in enumerate(ids) if id in (257, 17)]
-        assert each.ids == (ids[: ends[0]] if ends else ids)
-    assert len({tuple(each.ids) for each in found}) == 3
-    assert max(len(each.ids) for each in found) == 32
+    inputs = [inputs_of(folder, prompt) for prompt in PROMPTS]
+    assert_same_answers(pm.load(folder), [asked(prompt) for prompt in PROMPTS], reference, inputs)
 
 
 def test_pixels_equal_the_reference(made: tuple[Path, Any]) -> None:

@@ -13,14 +13,12 @@ import torch
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
-from polymodal.models.presets import eva, find_size
+from polymodal.models.presets import eva
 from polymodal.models.presets.open_clip import OPEN_CLIP
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .clip_tokenizer import clip_tokenizer
-from .reference import assert_close, assert_same_weights, randomise
+from .reference import assert_close, assert_published_size, assert_same_weights, randomise
 from .torchvision_stub import import_stubbed
 
 transformers = pytest.importorskip("transformers")
@@ -156,10 +154,4 @@ def test_what_is_not_built_is_refused(where: str, more: dict[str, Any], message:
 @pytest.mark.parametrize("name", list(OPEN_CLIP.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
     # Published as 151M, 150M, 428M, 986M, 1.37B and 2.54B.
-    architecture, size = find_size(name)
-    model = architecture.model(HubConfigs(size.config))
-    with no_weights():
-        ours = num_parameters(MultimodalModel(model, model.tokenizer.rows or 1))
-    with torch.device("meta"):
-        reference = build(dict(size.config["model_cfg"]))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(name, lambda config: build(dict(config["model_cfg"])))

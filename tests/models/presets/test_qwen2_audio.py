@@ -12,14 +12,14 @@ import torch
 import polymodal as pm
 from polymodal.core.errors import CheckpointError
 from polymodal.core.samples import conversation
-from polymodal.inference.sampling import Sampling
 from polymodal.models.compose import MultimodalModel, to_device
 from polymodal.models.presets.qwen2_audio import QWEN2_AUDIO
 from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .languages import byte_tokenizer
-from .reference import assert_close, assert_same_weights, randomise
+from .prompts import assert_same_answers, assert_same_logits
+from .reference import assert_same_weights, randomise
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,25 +91,13 @@ def test_logits_and_placeholders_equal_the_reference(made: tuple[Path, Any]) -> 
         inputs = inputs_of(folder, prompt)
         plan = model.engine.processor.plan(asked(prompt), prompt=True)
         assert plan.ids == inputs.input_ids[0].tolist()
-        batch = to_device(model.engine.processor.collate([model.engine.processor.load(plan)], packed=False), "cpu")
-        with torch.inference_mode():
-            ours = model.network.token_logits(model.network.states(batch))
-            assert_close(ours, reference(**inputs).logits)
+        assert_same_logits(model, plan, reference, inputs)
 
 
 def test_greedy_answers_equal_the_reference(made: tuple[Path, Any]) -> None:
     folder, reference = made
-    model = pm.load(folder)
-    found = model.engine.generate([asked(prompt) for prompt in PROMPTS], Sampling(max_new_tokens=32))
-    for prompt, each in zip(PROMPTS, found, strict=True):
-        inputs = inputs_of(folder, prompt)
-        with torch.inference_mode():
-            row = reference.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs.input_ids.shape[1] :]
-        ids = row.tolist()
-        ends = [place for place, id in enumerate(ids) if id in (257, 17)]
-        assert each.ids == (ids[: ends[0]] if ends else ids)
-    assert len({tuple(each.ids) for each in found}) == 3
-    assert max(len(each.ids) for each in found) == 32
+    inputs = [inputs_of(folder, prompt) for prompt in PROMPTS]
+    assert_same_answers(pm.load(folder), [asked(prompt) for prompt in PROMPTS], reference, inputs)
 
 
 def test_the_sound_changes_the_answer(made: tuple[Path, Any]) -> None:

@@ -11,15 +11,19 @@ import pytest
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
+from polymodal.core.errors import ConfigError
 from polymodal.models.encoders.resnet import ResnetConfig
-from polymodal.models.presets import find_size
 from polymodal.models.presets.resnet import RESNET
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import (
+    assert_close,
+    assert_missing_is_named,
+    assert_published_size,
+    assert_same_weights,
+    randomise,
+    save_reference,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -90,15 +94,9 @@ def test_running_statistics_move_only_where_the_weights_do() -> None:
     assert encoder.stem.norm.num_batches_tracked == 1
 
 
-def test_missing_tensors_are_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     make(tmp_path, "ResNetModel")
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["embedder.embedder.normalization.running_var"]
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 tensor\(s\) missing: embedder.embedder.normalization.running_var"):
-        pm.load(tmp_path)
+    assert_missing_is_named(tmp_path, "embedder.embedder.normalization.running_var")
 
 
 def test_what_is_not_built_is_refused() -> None:
@@ -113,9 +111,6 @@ def test_what_is_not_built_is_refused() -> None:
 @pytest.mark.parametrize("name", list(RESNET.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
     # Published as 11.7M, 21.8M, 25.6M, 44.5M and 60.2M.
-    architecture, size = find_size(name)
-    with no_weights():
-        ours = num_parameters(MultimodalModel(architecture.model(HubConfigs(size.config, size.preprocessor)), 1))
-    with torch.device("meta"):
-        reference = transformers.ResNetForImageClassification(transformers.ResNetConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(
+        name, lambda config: transformers.ResNetForImageClassification(transformers.ResNetConfig(**config))
+    )

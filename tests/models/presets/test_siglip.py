@@ -12,13 +12,10 @@ import torch
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel
-from polymodal.models.presets import find_size
 from polymodal.models.presets.siglip import SIGLIP
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import assert_close, assert_published_size, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -177,10 +174,4 @@ def test_padding_on_the_left_is_refused() -> None:
 @pytest.mark.parametrize("name", list(SIGLIP.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
     # Published as 203M, 652M, 878M (SigLIP; base, large, so400m) and 375M, 882M, 1.1B, 1.9B (SigLIP 2).
-    architecture, size = find_size(name)
-    model = architecture.model(HubConfigs(size.config))
-    with no_weights():
-        ours = num_parameters(MultimodalModel(model, model.tokenizer.rows or 1))
-    with torch.device("meta"):
-        reference = transformers.SiglipModel(transformers.SiglipConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(name, lambda config: transformers.SiglipModel(transformers.SiglipConfig(**config)))

@@ -12,14 +12,12 @@ import torch
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError, SampleError
-from polymodal.models.compose import MultimodalModel, to_device
-from polymodal.models.presets import find_size
+from polymodal.models.compose import to_device
 from polymodal.models.presets.labels import class_names
 from polymodal.models.presets.vit import VIT
 from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
 
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import assert_close, assert_published_size, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,13 +121,7 @@ def test_equal_class_names_are_told_apart() -> None:
 @pytest.mark.parametrize("name", list(VIT.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
     # Published as 86M (base), 307M (large, 304M without the pooler) and 632M (huge).
-    architecture, size = find_size(name)
-    with no_weights():
-        ours = num_parameters(MultimodalModel(architecture.model(HubConfigs(size.config)), 1))
-    with torch.device("meta"):
-        kind = size.config["architectures"][0]
-        reference = getattr(transformers, kind)(transformers.ViTConfig(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(name)
 
 
 def test_a_sample_without_the_classified_stream_is_named(tmp_path: Path) -> None:

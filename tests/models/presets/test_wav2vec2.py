@@ -13,13 +13,17 @@ import soundfile
 import torch
 
 import polymodal as pm
-from polymodal.core.errors import CheckpointError, ConfigError
-from polymodal.models.compose import MultimodalModel, to_device
-from polymodal.models.presets import find_size
-from polymodal.models.weights import HubConfigs
-from polymodal.models.weights.assign import no_weights, num_parameters
+from polymodal.core.errors import ConfigError
+from polymodal.models.compose import to_device
 
-from .reference import assert_close, assert_same_weights, randomise, save_reference
+from .reference import (
+    assert_close,
+    assert_missing_is_named,
+    assert_published_size,
+    assert_same_weights,
+    randomise,
+    save_reference,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -195,14 +199,7 @@ def test_what_there_is_no_native_form_of_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = make(tmp_path, "Hubert", {})
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["encoder.layers.1.attention.k_proj.weight"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"1 tensor\(s\) missing: encoder.layers.1.attention.k_proj.weight"):
-        pm.load(folder)
+    assert_missing_is_named(make(tmp_path, "Hubert", {}), "encoder.layers.1.attention.k_proj.weight")
 
 
 @pytest.mark.parametrize(
@@ -218,12 +215,4 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    architecture, size = find_size(name)
-    model = architecture.model(HubConfigs(size.config))
-    with no_weights():
-        ours = num_parameters(MultimodalModel(model, 64))
-    kind = size.config["architectures"][0]
-    with torch.device("meta"):
-        config = getattr(transformers, kind.split("For")[0].removesuffix("Model") + "Config")
-        reference = getattr(transformers, kind)(config(**size.config))
-    assert ours == num_parameters(reference) == size.parameters
+    assert_published_size(name, rows=64)

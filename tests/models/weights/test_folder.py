@@ -113,3 +113,24 @@ def test_nothing_is_written_over(tmp_path):
         check_new(tmp_path)
     with pytest.raises(CheckpointError, match="file: is a file; choose a new folder"):
         check_new(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", "it is a pointer of Git LFS .* git lfs pull"),
+        (b"<!doctype html><html>404</html>" * 9, "it is a web page"),
+        (b"", "it has 0 bytes: fetch it again if the download"),
+    ],
+    ids=["pointer", "page", "empty"],
+)
+def test_a_file_that_is_no_weights_says_what_it_is(folder, content, hint):
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"not a readable safetensors file: .*{hint}"):
+        HubFolder(folder).tensors  # noqa: B018
+
+
+def test_weights_that_are_whole_numbers_are_refused():
+    network = nn.Linear(2, 3)
+    with pytest.raises(CheckpointError, match=r"box: weight: found torch.int8, expected a floating-point format"):
+        assign(network, {"weight": torch.zeros(3, 2, dtype=torch.int8)}, "box")

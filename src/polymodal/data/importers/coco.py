@@ -9,7 +9,7 @@ from typing import Any
 from polymodal.core.parts import Image, Text
 from polymodal.core.samples import Sample, conversation
 from polymodal.data.importers.jsonfile import objects, read_json
-from polymodal.data.importers.report import ImportReport, PathLike, finish, image_folder, problem_with
+from polymodal.data.importers.report import ImportReport, PathLike, finish, image_folder, media_file, problem_with
 
 
 def import_coco_captions(
@@ -55,7 +55,7 @@ def import_coco_captions(
                 else:
                     yield Sample(id, views={"image": Image(file), "text": Text(caption.strip())}, meta=meta)
 
-    return finish(report, out, samples())
+    return finish(report, src, out, samples())
 
 
 def import_coco_instances(
@@ -104,7 +104,7 @@ def import_coco_instances(
             else:
                 yield Sample(id, views={"image": Image(file)}, label=label, meta=meta)
 
-    return finish(report, out, samples())
+    return finish(report, src, out, samples())
 
 
 class _Images:
@@ -118,11 +118,11 @@ class _Images:
             name, id = entry.get("file_name"), entry.get("id")
             if not isinstance(name, str) or not isinstance(id, int | str):
                 report.skip(f"image {id}", "has no file_name and id")
-            elif problem := problem_with(root / name):
+            elif problem := problem_with(file := media_file(root, name)):
                 report.skip(name, problem)
                 self._absent.add(id)
             else:
-                self._files[id] = root / name
+                self._files[id] = file
 
     def knows(self, id: Any) -> bool:
         return id in self._files or id in self._absent
@@ -157,8 +157,13 @@ def _box(
     if not isinstance(category, int | str) or category not in categories:
         report.skip(name, f"its category {category} is not in the list of categories")
         return None
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
-        report.skip(name, f"its bbox is {box!r:.60}; expected [x, y, width, height]")
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(side, int | float) for side in box)
+        or not (box[2] > 0 and box[3] > 0)
+    ):
+        report.skip(name, f"its bbox is {box!r:.60}; expected [x, y, width, height], width and height above 0")
         return None
     return categories[category], box[0], box[1], box[2], box[3]
 

@@ -33,7 +33,7 @@ def import_folder(src: PathLike, out: PathLike, *, modality: str = "image", capt
     if not root.is_dir():
         raise DataError(f"{root}: there is no such folder")
     report = ImportReport()
-    return finish(report, out, _samples(root, modality, caption, report, Path(out)))
+    return finish(report, src, out, _samples(root, modality, caption, report, Path(out)))
 
 
 def _samples(root: Path, modality: str, caption: str | None, report: ImportReport, out: Path) -> Iterator[Sample]:
@@ -53,6 +53,8 @@ def _samples(root: Path, modality: str, caption: str | None, report: ImportRepor
 
 
 def _refusal(path: Path, root: Path, modality: str) -> str | None:
+    if path.name.startswith("."):
+        return "is hidden: its name begins with a dot"
     found = MODALITY_OF_EXTENSION.get(path.suffix.lower())
     # .npy may be points or sensors; the caller has said which.
     if found != modality and not (path.suffix.lower() == ".npy" and modality in ("points", "sensor")):

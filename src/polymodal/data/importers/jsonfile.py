@@ -20,7 +20,8 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not valid JSON ({str(error)[:120]})") from None
+        hint = "; found several values, one a line? Expected one JSON value" if "Extra data" in str(error) else ""
+        raise DataError(f"{path}: is not valid JSON ({str(error)[:120]}){hint}") from None
 
 
 def objects(data: Any, key: str, path: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from polymodal.core.errors import DataError
 from polymodal.core.parts import Image, Part, Text
 from polymodal.core.samples import Message, Sample
 from polymodal.data.importers.jsonfile import read_json
-from polymodal.data.importers.report import ImportReport, PathLike, finish, image_folder, problem_with
+from polymodal.data.importers.report import ImportReport, PathLike, finish, image_folder, media_file, problem_with
 
 MARK = "<image>"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -35,7 +35,7 @@ def import_llava(src: PathLike, out: PathLike, *, images: PathLike | None = None
     if not isinstance(entries, list):
         raise DataError(f"{path}: found {type(entries).__name__}, expected a list of LLaVA entries")
     report = ImportReport()
-    return finish(report, out, _samples(entries, image_folder(path, images), report))
+    return finish(report, src, out, _samples(entries, image_folder(path, images), report))
 
 
 def _samples(entries: list[Any], root: Path, report: ImportReport) -> Iterator[Sample]:
@@ -71,7 +71,7 @@ def _image_paths(value: Any, root: Path) -> list[Path]:
     names = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"image: found {value!r:.60}, expected a file name or a list of them")
-    paths = [root / name for name in names]
+    paths = [media_file(root, name) for name in names]
     for path in paths:
         if problem := problem_with(path):
             raise ValueError(problem)

@@ -6,12 +6,13 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from polymodal.core.errors import DataError
+from polymodal.core.errors import ConfigError, DataError
 from polymodal.core.parts import MODALITIES, Part, Text, media_part
 from polymodal.core.samples import Sample
-from polymodal.data.importers.report import ImportReport, PathLike, finish, problem_with
+from polymodal.data.importers.report import ImportReport, PathLike, finish, media_file, problem_with
 
 _LONGEST_FIELD = 10_000_000
+_SAID = {"\t": "tab"}
 
 
 def import_pairs(
@@ -26,15 +27,20 @@ def import_pairs(
         src: the CSV file, UTF-8.
         out: the JSON Lines file to write.
         root: the folder that file names start from; by default that of ``src``.
-        delimiter: what separates fields; by default a tab for ``.tsv`` and a comma otherwise.
+        delimiter: what separates fields, one character or ``tab``; by default a tab for ``.tsv`` and a comma otherwise.
 
     Raises:
+        ConfigError: if ``delimiter`` is something else.
         DataError: if ``src`` cannot be read, no column names a modality, or nothing could be imported.
     """
     path = Path(src)
     report = ImportReport()
-    separator = delimiter or ("\t" if path.suffix.lower() == ".tsv" else ",")
-    return finish(report, out, _samples(path, Path(root) if root is not None else path.parent, separator, report))
+    if delimiter is not None and delimiter != "tab" and len(delimiter) != 1:
+        raise ConfigError(f"delimiter: found {delimiter!r}, expected one character, such as ; or the word tab")
+    if delimiter is None:
+        delimiter = "tab" if path.suffix.lower() == ".tsv" else ","
+    separator = "\t" if delimiter == "tab" else delimiter
+    return finish(report, src, out, _samples(path, Path(root) if root is not None else path.parent, separator, report))
 
 
 def _samples(path: Path, root: Path, delimiter: str, report: ImportReport) -> Iterator[Sample]:
@@ -54,9 +60,13 @@ def _samples(path: Path, root: Path, delimiter: str, report: ImportReport) -> It
 def _rows(reader: Iterator[list[str]], path: Path, root: Path, report: ImportReport) -> Iterator[Sample]:
     columns = [name.strip() for name in next(reader, [])]
     if not any(name in MODALITIES for name in columns) or len(set(columns)) != len(columns):
+        other = [mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]]
+        hint = (
+            f"; do its fields end at {other[0]!r}? Say so: delimiter={_SAID.get(other[0], other[0])}" if other else ""
+        )
         raise DataError(
             f"{path}: the header names the columns {columns}; expected distinct names, at least one of "
-            f"{', '.join(MODALITIES)}"
+            f"{', '.join(MODALITIES)}{hint}"
         )
     row = 0
     while True:
@@ -88,11 +98,11 @@ def _sample(fields: dict[str, str], name: str, root: Path, report: ImportReport)
             continue
         if modality == "text":
             views[modality] = Text(value)
-        elif problem := problem_with(root / value):
+        elif problem := problem_with(file := media_file(root, value)):
             report.skip(name, f"{modality}: {problem}")
             return None
         else:
-            views[modality] = media_part(modality, root / value)
+            views[modality] = media_part(modality, file)
     if not views:
         report.skip(name, "every view is empty")
         return None

@@ -51,12 +51,14 @@ class ImportReport:
         return {"written": self.written, "renamed": self.renamed, "skipped": [list(item) for item in self.skipped]}
 
 
-def finish(report: ImportReport, out: PathLike, samples: Iterator[Sample]) -> ImportReport:
+def finish(report: ImportReport, src: PathLike, out: PathLike, samples: Iterator[Sample]) -> ImportReport:
     """Write ``samples``, which fill ``report`` as they are drawn.
 
     Raises:
-        DataError: if nothing could be imported; gives the first reasons. No file is written then.
+        DataError: if nothing could be imported (gives the first reasons), or ``out`` is ``src``; nothing is written
     """
+    if Path(out).exists() and os.path.samefile(src, out):
+        raise DataError(f"{out}: is what is imported, expected another file to write")
     first = next(samples, None)
     if first is None:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:3]) or "it holds nothing"
@@ -68,6 +70,13 @@ def finish(report: ImportReport, out: PathLike, samples: Iterator[Sample]) -> Im
 
     report.written = write_jsonl(out, rest())
     return report
+
+
+def media_file(root: Path, name: str) -> Path:
+    """The file that an annotation names; where there is none of that name, backslashes separate folders (Windows)."""
+    if "\\" in name and not os.path.exists(root / name):
+        return root / name.replace("\\", "/")
+    return root / name
 
 
 def problem_with(path: Path) -> str | None:

@@ -16,14 +16,16 @@ def template_of(chat: Chat, tokenizer: Tokenizer) -> str | None:
     modalities write them; every part that is no text becomes one placeholder.
 
     Args:
-        chat: a format, or a template, which is returned as it is.
+        chat: a format, or a template; one that knows of no media is given contents with the placeholders in their
+            places, anything else is returned as it is.
         tokenizer: whose own start and end token the template spells out.
 
     Returns:
         The template; None for formats of neither kind.
     """
     if isinstance(chat, ChatTemplate):
-        return chat.template
+        is_of_text = tokenizer.names.media is not None and not chat.marks
+        return _taking_parts(chat.template, tokenizer) if is_of_text else chat.template
     if not isinstance(chat, ChatFormat):
         return None
     names = {id: name for name, id in tokenizer.controls.items()}
@@ -61,3 +63,16 @@ def template_of(chat: Chat, tokenizer: Tokenizer) -> str | None:
         + f"{{% else %}}{turn(chat.assistant)}{{% endif %}}{{% endfor %}}"
         + f"{{% if add_generation_prompt %}}{literal(chat.assistant.before)}{{% endif %}}"
     )
+
+
+def _taking_parts(template: str, tokenizer: Tokenizer) -> str:
+    """A template of string contents that takes lists of parts as well: they are joined before it begins."""
+    joined = (
+        "{%- set whole = namespace(messages=[]) %}{%- for message in messages %}"
+        "{%- if message['content'] is not string %}{%- set said = namespace(text='') %}"
+        "{%- for part in message['content'] %}"
+        "{%- set said.text = said.text + (part['text'] if part['type'] == 'text' else MEDIA) %}{%- endfor %}"
+        "{%- set message = dict(message, content=said.text) %}{%- endif %}"
+        "{%- set whole.messages = whole.messages + [message] %}{%- endfor %}{%- set messages = whole.messages %}"
+    )
+    return joined.replace("MEDIA", json.dumps(tokenizer.names.media)) + template

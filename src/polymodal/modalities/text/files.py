@@ -54,7 +54,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
         CheckpointError: if there are none, they are damaged, or their layout depends on an unknown class.
     """
     folder = path if path.is_dir() else path.parent
-    config = _json(folder / CONFIG)
+    config = json_object(folder / CONFIG)
     if not path.is_dir() and path.suffix == ".model":
         backend = _sentencepiece(path, config)
     elif not path.is_dir() or (path / "tokenizer.json").is_file():
@@ -69,7 +69,7 @@ def read_backend(path: Path) -> tokenizers.Tokenizer:
 def read_names(path: Path, backend: tokenizers.Tokenizer) -> dict[str, str | None]:
     """What the folder calls its ``pad``, ``media``, ``bos`` and ``eos`` token, as far as the backend holds them."""
     folder = path if path.is_dir() else path.parent
-    config = {**_json(folder / "special_tokens_map.json"), **_json(folder / CONFIG)}
+    config = {**json_object(folder / "special_tokens_map.json"), **json_object(folder / CONFIG)}
     names = {role: _content(config.get(f"{role}_token")) for role in ("pad", "media", "bos", "eos")}
     # A tokenizer of our own says so by its tokens, wherever the file lies.
     for role, own in (("pad", "<|pad|>"), ("media", "<|media|>")):
@@ -77,7 +77,12 @@ def read_names(path: Path, backend: tokenizers.Tokenizer) -> dict[str, str | Non
     return {role: name if name and backend.token_to_id(name) is not None else None for role, name in names.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint; empty if there is none.
+
+    Raises:
+        CheckpointError: if it is damaged or no object.
+    """
     if not path.is_file():
         return {}
     try:
@@ -123,7 +128,7 @@ def _translated(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer
 def _kind(folder: Path, config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     """The tokenizer's class without the endings that do not matter here."""
     name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
-    name = name or _CLASS_OF.get(str(_json(folder / "config.json").get("model_type", "")), "")
+    name = name or _CLASS_OF.get(str(json_object(folder / "config.json").get("model_type", "")), "")
     if name not in known:
         raise CheckpointError(
             f"{folder}: {unknown('tokenizer_class', name, known)}. Save the tokenizer as tokenizer.json, which needs "
@@ -278,7 +283,7 @@ def _add_listed(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
         found = backend.token_to_id(token.content)
         if held is None and found != id:
             raise CheckpointError(f"{folder}: {token.content!r} got the id {found}, the folder says {id}")
-    named = {**_json(folder / "special_tokens_map.json"), **config}
+    named = {**json_object(folder / "special_tokens_map.json"), **config}
     names = [name for role in _NAMED if (name := _content(named.get(f"{role}_token"))) is not None]
     # Names of control tokens that the vocabulary holds become special; what it does not hold is not added.
     present = [
@@ -298,6 +303,6 @@ def _listed(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[int, Adde
             is_special = bool(entry.get("special", False))
             yield int(id), AddedToken(text, special=is_special, **flags), is_special
     known = {_content(entry) for entry in described.values()}
-    for text, id in _json(folder / "added_tokens.json").items():
+    for text, id in json_object(folder / "added_tokens.json").items():
         if text not in known and isinstance(id, int):
             yield id, AddedToken(text, special=True, normalized=False), True

@@ -19,7 +19,7 @@ from polymodal.core.passes import TokenPass
 from polymodal.models.backbones.encoder import EncoderBackbone, JointStates
 from polymodal.models.compose.masking import TokenChoice, mask_blocks, mask_tokens, normalised_patches
 from polymodal.models.compose.merge import by_sample
-from polymodal.models.compose.negatives import mixed_samples
+from polymodal.models.compose.negatives import Mismatches, mixed_samples
 from polymodal.models.compose.queries import QueryRun
 from polymodal.models.encoders.base import Encoder, Features
 from polymodal.models.encoders.masking import PatchMasking
@@ -139,12 +139,12 @@ class JointRun:
         pooled_SW = self.states(tokens, is_valid).pooled_SW
         return pooled_SW[samples_I], samples_I
 
-    def merge(self, outputs: Outputs, mismatches: str | None) -> None:
+    def merge(self, outputs: Outputs, mismatches: Mismatches | None) -> None:
         """Fill what is read of whole samples.
 
         Args:
             outputs: to fill.
-            mismatches: ``random`` or ``hard``: also mixed samples that do not belong together; None: none.
+            mismatches: of which samples that do not belong together are mixed as well; None: none.
         """
         tokens, is_valid = self.lay_out(self.features)
         outputs.merged = self.states(tokens, is_valid).pooled_SW
@@ -155,7 +155,7 @@ class JointRun:
                 outputs.match_logits = self.model.heads[name](outputs.merged).squeeze(-1)
         if mismatches is None:
             return
-        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings, self.batch.labels)
+        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings)
         outputs.mismatch_samples = samples
         states = self.states(mixed, valid).pooled_SW if len(samples) else outputs.merged[:0]
         outputs.mismatch_logits = self.model.head("matching")(states).squeeze(-1)

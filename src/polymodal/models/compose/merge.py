@@ -1,6 +1,6 @@
 """The merge backbone: per-sample tokens of several streams -> one state, with a stated policy for absent modalities.
 
-Shape legend: ``S`` samples, ``M`` tokens, ``W`` width, ``U`` units, ``C`` streams, ``N`` mismatched samples.
+Shape legend: ``S`` samples, ``M`` tokens, ``W`` width, ``U`` units, ``C`` streams.
 """
 
 from __future__ import annotations
@@ -83,18 +83,6 @@ class Merge(nn.Module):
         state: Tensor = self.fusion(tokens, is_valid)
         return state
 
-    def mismatch(self, tokens: Tokens, is_valid: Tokens) -> tuple[Tokens, Tokens, Tensor]:
-        """Samples with one of their streams, drawn at random, taken from another sample of the batch.
-
-        Worked example, streams ``a b``: samples ``a0 b0``, ``a1 b1`` and ``a2`` may give ``a0 b1`` and ``a2 b1``, of
-        the samples ``[0 1]``; sample 2 has nothing that could contradict ``a2``.
-
-        Returns:
-            tokens and validity as from :meth:`lay_out`, of ``N`` mixed samples, and the ``[N]`` int64 samples that they
-            were made of.
-        """
-        return mismatched(tokens, is_valid)
-
     def _place(
         self, name: str, connector: nn.Module, features: Features, stream: StreamBatch, num_samples: int
     ) -> tuple[Tensor, Tensor]:
@@ -143,25 +131,3 @@ def by_sample(x_UM: Tensor, stream: StreamBatch, num_samples: int) -> Tensor:
     place = sample_of_unit * slots + slot_of_unit
     rows = x_UM.new_zeros(num_samples * slots, *x_UM.shape[1:]).index_copy(0, place, x_UM)
     return rows.view(num_samples, slots * x_UM.shape[1], *x_UM.shape[2:])
-
-
-def mismatched(tokens: Tokens, is_valid: Tokens) -> tuple[Tokens, Tokens, Tensor]:
-    """See :meth:`Merge.mismatch`; streams are those of ``tokens``."""
-    present_SC = torch.stack([is_valid[name].any(1) for name in tokens], dim=1).cpu()
-    holders_C = present_SC.sum(0)
-    may_swap_SC = present_SC & (present_SC.sum(1, keepdim=True) > 1) & (holders_C > 1)
-    best_S, column_S = torch.rand(may_swap_SC.shape).masked_fill(~may_swap_SC, -1.0).max(1)
-    samples_N = (best_S >= 0).nonzero().squeeze(1)
-    mixed: dict[str, Tensor] = {}
-    mixed_valid: dict[str, Tensor] = {}
-    for column, name in enumerate(tokens):
-        source_N = samples_N.clone()
-        is_swapped_N = column_S[samples_N] == column
-        holders = present_SC[:, column].nonzero().squeeze(1)
-        # A step of 1 .. holders - 1 along the ring of holders never comes back to the sample itself.
-        own_place = torch.searchsorted(holders, samples_N[is_swapped_N])
-        steps = torch.randint(1, max(2, len(holders)), own_place.shape)
-        source_N[is_swapped_N] = holders[(own_place + steps) % max(1, len(holders))]
-        source_N = source_N.to(tokens[name].device)
-        mixed[name], mixed_valid[name] = tokens[name][source_N], is_valid[name][source_N]
-    return mixed, mixed_valid, samples_N.to(tokens[name].device)

@@ -178,8 +178,9 @@ class MultimodalModel(nn.Module):
         Args:
             batch: tensors on the model's device (``to_device``).
             passes: of ``sequence`` (token logits), ``embed`` (shared space), ``merge`` (merged state), ``match`` (that,
-                and beside it mismatched samples of the batch; ``match_hard``: such as look alike in the shared space),
-                ``ctc`` (tokens of a stream's features), or a :class:`TokenPass`.
+                and beside it mismatched samples of the batch; ``match_any``: whatever their labels; ``match_hard``:
+                such as look alike in the shared space), ``ctc`` (tokens of a stream's features), or a
+                :class:`TokenPass`.
             shown: per run of masked modelling and stream, what is hidden; else it is drawn.
 
         Raises:

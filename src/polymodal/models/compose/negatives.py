@@ -1,43 +1,114 @@
 """Samples mixed of parts that do not belong together: of any others, or of those that look alike.
 
-Legend: ``S`` samples, ``E`` embedding width, ``N`` mixed samples.
+Legend: ``S`` samples, ``C`` streams, ``M`` tokens, ``W`` width, ``E`` embedding width, ``N`` mixed samples.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from polymodal.core.batch import Batch, StreamBatch, group_numbers
 from polymodal.core.errors import ConfigError
-from polymodal.models.compose.merge import mismatched
 
 Tokens = Mapping[str, Tensor]
 
 
+class Mismatches(NamedTuple):
+    """What mismatched samples are mixed of.
+
+    Args:
+        kind: ``random``: of any others; ``hard``: of those that look alike.
+        groups_S: int64 number of each sample's group; samples of one group are never mixed with each other.
+    """
+
+    kind: Literal["random", "hard"]
+    groups_S: Tensor
+
+
+def matching_groups(batch: Batch, texts: Iterable[str]) -> Tensor:
+    """An int64 number for each sample ``[S]``, equal for samples of one label and, without labels, of equal texts.
+
+    Args:
+        batch: of ``S`` samples.
+        texts: the streams that hold texts, compared as the model reads them: by token ids, or by the keys of cached
+            features.
+    """
+    spoken: list[list[Hashable]] = [[] for _ in batch.labels]
+    if None in batch.labels:
+        for name in texts:
+            if name in batch.streams:
+                for sample, text in _texts(batch.streams[name]):
+                    spoken[sample].append((name, text))
+    labelled = zip(batch.labels, spoken, strict=True)
+    return torch.tensor(group_numbers(tuple(own) or None if label is None else label for label, own in labelled))
+
+
+def _texts(stream: StreamBatch) -> Iterator[tuple[int, Hashable]]:
+    """The sample of each text of a stream, and the text, as something that can be compared."""
+    owners = stream.sample_of_item.tolist()
+    if stream.values is None:
+        return zip(owners, stream.keys, strict=True)
+    ids = [tuple(row[:length]) for row, length in zip(stream.values.tolist(), stream.lengths.tolist(), strict=True)]
+    ends = list(itertools.accumulate(stream.unit_counts))
+    items = (tuple(ids[end - count : end]) for end, count in zip(ends, stream.unit_counts, strict=True))
+    return zip(owners, items, strict=True)
+
+
 def mixed_samples(
-    kind: str,
-    tokens: Tokens,
-    is_valid: Tokens,
-    embeddings: Mapping[str, tuple[Tensor, Tensor]],
-    labels: Sequence[str | None],
+    mismatches: Mismatches, tokens: Tokens, is_valid: Tokens, embeddings: Mapping[str, tuple[Tensor, Tensor]]
 ) -> tuple[Tokens, Tokens, Tensor]:
-    """Samples that do not belong together: by :func:`hard_mismatched` if ``kind`` is ``hard``, else of any others.
+    """Samples that do not belong together, by :func:`hard_mismatched` or :func:`mismatched`.
 
     Arguments and result are as there.
     """
-    if kind == "hard":
-        return hard_mismatched(tokens, is_valid, embeddings, labels)
-    return mismatched(tokens, is_valid)
+    if mismatches.kind == "hard":
+        return hard_mismatched(tokens, is_valid, embeddings, mismatches.groups_S)
+    return mismatched(tokens, is_valid, mismatches.groups_S)
+
+
+def mismatched(tokens: Tokens, is_valid: Tokens, groups_S: Tensor) -> tuple[Tokens, Tokens, Tensor]:
+    """Samples with one of their streams, drawn at random, taken from a random sample of another group.
+
+    Worked example, streams ``a b``: samples ``a0 b0``, ``a1 b1`` and ``a2``, each a group, may give ``a0 b1`` and
+    ``a2 b1``, of the samples ``[0 1]``; sample 2 has nothing that could contradict ``a2``. If samples 0 and 1 are one
+    group, nothing contradicts ``b0`` and ``b1``, and they can give ``a2 b0`` and ``a2 b1`` alone.
+
+    Args:
+        tokens: per stream that enters the backbone, ``[S, M, W]``.
+        is_valid: bool ``[S, M]`` likewise; a sample without a valid token of a stream does not have it.
+        groups_S: int64 number of each sample's group.
+
+    Returns:
+        tokens and validity of ``N`` mixed samples, and the ``[N]`` int64 samples that they were made of. A sample with
+        a single stream, or for whose streams no other group has anything to put there, is not among them.
+    """
+    has_SC = torch.stack([is_valid[name].any(1) for name in tokens], dim=1).cpu()
+    is_other_SS = groups_S[:, None] != groups_S
+    has_donor_SC = (is_other_SS[:, :, None] & has_SC).any(1)
+    may_swap_SC = has_SC & (has_SC.sum(1, keepdim=True) > 1) & has_donor_SC
+    best_S, column_S = torch.rand(may_swap_SC.shape).masked_fill(~may_swap_SC, -1.0).max(1)
+    samples_N = (best_S >= 0).nonzero().squeeze(1)
+    column_N = column_S[samples_N]
+    may_give_NS = is_other_SS[samples_N] & has_SC.T[column_N]
+    donors_N = torch.rand(may_give_NS.shape).masked_fill(~may_give_NS, -1.0).argmax(1)
+    mixed: dict[str, Tensor] = {}
+    mixed_valid: dict[str, Tensor] = {}
+    for column, name in enumerate(tokens):
+        from_N = torch.where(column_N == column, donors_N, samples_N).to(tokens[name].device)
+        mixed[name], mixed_valid[name] = tokens[name][from_N], is_valid[name][from_N]
+    return mixed, mixed_valid, samples_N.to(tokens[name].device)
 
 
 def hard_mismatched(
     tokens: Tokens,
     is_valid: Tokens,
     embeddings: Mapping[str, tuple[Tensor, Tensor]],
-    labels: Sequence[str | None],
+    groups_S: Tensor,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Each sample once for every ordered pair of its streams, the second stream taken from a sample that looks alike.
 
@@ -49,10 +120,10 @@ def hard_mismatched(
         is_valid: bool ``[S, M]`` likewise.
         embeddings: per stream of the shared space, ``(vectors [I, E], sample of each)``; of one stream several vectors
             of each item ``[I, M, E]``, of which the best counts.
-        labels: samples of one label belong together, and are no negatives of each other.
+        groups_S: int64 number of each sample's group; samples of one group are no negatives of each other.
 
     Returns:
-        As :func:`~polymodal.models.compose.merge.mismatched`.
+        As :func:`mismatched`.
 
     Raises:
         ConfigError: if fewer than two of the streams are in the shared space.
@@ -63,9 +134,8 @@ def hard_mismatched(
             f"hard negatives: found {names} of the entering streams {sorted(tokens)} in the shared space, expected two "
             "or more, whose similarities choose them"
         )
-    num_samples = len(labels)
-    is_same_SS = _same(labels).to(next(iter(tokens.values())).device)
-    table = {name: _by_sample(embeddings[name], num_samples) for name in names}
+    is_same_SS = (groups_S[:, None] == groups_S).to(next(iter(tokens.values())).device)
+    table = {name: _by_sample(embeddings[name], len(groups_S)) for name in names}
     samples, sources, swapped = [], [], []
     for first, second in itertools.permutations(names, 2):
         (x_SE, has_x_S), (y_SE, has_y_S) = table[first], table[second]
@@ -107,15 +177,6 @@ def _similarities(x_SE: Tensor, y_SE: Tensor) -> Tensor:
         return _similarities(y_SE, x_SE).T
     scores = x_SE @ y_SE.T
     return scores if x_SE.ndim == 2 else scores.amax(1)
-
-
-def _same(labels: Sequence[str | None]) -> Tensor:
-    """Bool ``[S, S]``: a sample and itself, and samples of one label."""
-    numbers: dict[object, int] = {}
-    groups = torch.tensor(
-        [numbers.setdefault(("sample", i) if label is None else label, len(numbers)) for i, label in enumerate(labels)]
-    )
-    return groups[:, None] == groups
 
 
 def _by_sample(embedding: tuple[Tensor, Tensor], num_samples: int) -> tuple[Tensor, Tensor]:

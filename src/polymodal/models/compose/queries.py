@@ -15,7 +15,7 @@ from torch import Tensor
 from polymodal.core.batch import Batch, Outputs, TokenOutput
 from polymodal.core.errors import ConfigError
 from polymodal.models.compose.merge import by_sample
-from polymodal.models.compose.negatives import mixed_samples
+from polymodal.models.compose.negatives import Mismatches, mixed_samples
 from polymodal.models.connectors.qformer import QFormer
 from polymodal.models.encoders.base import Features
 from polymodal.models.heads.masked_token import MaskedTokenHead
@@ -63,12 +63,12 @@ class QueryRun:
             return self.qformer.read(None, own)[1][:, 0], samples_I
         return self.qformer.read(Memory(*own))[0], samples_I
 
-    def merge(self, outputs: Outputs, mismatches: str | None) -> None:
+    def merge(self, outputs: Outputs, mismatches: Mismatches | None) -> None:
         """Fill what the matching head says of whole samples.
 
         Args:
             outputs: to fill.
-            mismatches: ``random`` or ``hard``: also mixed samples that do not belong together; None: none.
+            mismatches: of which samples that do not belong together are mixed as well; None: none.
         """
         tokens, is_valid = {}, {}
         for name in (self.media, self.words):
@@ -81,7 +81,7 @@ class QueryRun:
             outputs.mismatch_samples = torch.zeros(0, dtype=torch.int64, device=outputs.match_logits.device)
             outputs.mismatch_logits = outputs.match_logits[:0]
             return
-        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings, self.batch.labels)
+        mixed, valid, samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings)
         outputs.mismatch_samples = samples
         outputs.mismatch_logits = self._match(mixed, valid) if len(samples) else outputs.match_logits[:0]
 

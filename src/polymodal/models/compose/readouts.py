@@ -20,6 +20,7 @@ from polymodal.models.backbones.table import MergeConfig
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.compose.joint import JointRun
 from polymodal.models.compose.merge import Item, Merge
+from polymodal.models.compose.negatives import Mismatches, matching_groups, mixed_samples
 from polymodal.models.compose.pooling import pool_items
 from polymodal.models.compose.queries import QueryRun
 from polymodal.models.compose.told import conversations
@@ -130,9 +131,7 @@ def sample_streams(model: MultimodalModel) -> list[str]:
 
 def read_samples(run: Run) -> None:
     """What is read of whole samples, by the backbone that the model has."""
-    model, wanted = run.model, run.wanted
-    hard = "hard" if "match_hard" in wanted else None
-    negatives = hard or ("random" if "match" in wanted else None)
+    model, wanted, negatives = run.model, run.wanted, mismatches_of(run)
     if _matches_queries(model.config):
         run.queries.merge(run.outputs, negatives)
     elif _classified(model.config) is not None and "merge" in wanted:
@@ -144,7 +143,17 @@ def read_samples(run: Run) -> None:
     elif "match_hard" in wanted:
         raise ConfigError(f"hard negatives need the backbone 'encoder'; found {model.config.backbone.use!r}")
     else:
-        _merge(run)
+        _merge(run, negatives)
+
+
+def mismatches_of(run: Run) -> Mismatches | None:
+    """Of what the passes ask mismatched samples to be mixed; None: they ask for none."""
+    if "match_any" in run.wanted:
+        return Mismatches("random", torch.arange(run.batch.num_samples))
+    if not {"match", "match_hard"} & set(run.wanted):
+        return None
+    texts = [name for name, stream in run.model.config.streams.items() if stream.modality == "text"]
+    return Mismatches("hard" if "match_hard" in run.wanted else "random", matching_groups(run.batch, texts))
 
 
 def _matches_queries(config: ModelConfig) -> bool:
@@ -178,7 +187,7 @@ def _classify(run: Run) -> None:
     run.outputs.class_logits = run.model.heads[name](run.outputs.merged)
 
 
-def _merge(run: Run) -> None:
+def _merge(run: Run, mismatches: Mismatches | None) -> None:
     model, outputs = run.model, run.outputs
     if not isinstance(model.backbone, Merge):
         raise ConfigError(f"this needs a merge backbone; the model's backbone is {model.config.backbone.use!r}")
@@ -194,8 +203,8 @@ def _merge(run: Run) -> None:
             outputs.class_logits = model.heads[name](outputs.merged)
         elif config.use == "matching":
             outputs.match_logits = model.heads[name](outputs.merged).squeeze(-1)
-    if "match" in run.wanted:
-        *mixed, outputs.mismatch_samples = model.backbone.mismatch(tokens, is_valid)
+    if mismatches is not None:
+        *mixed, outputs.mismatch_samples = mixed_samples(mismatches, tokens, is_valid, outputs.embeddings)
         # Nothing to mismatch: the modules need not stand empty batches.
         states = model.backbone.fuse(*mixed) if len(outputs.mismatch_samples) else outputs.merged[:0]
         outputs.mismatch_logits = model.head("matching")(states).squeeze(-1)
@@ -253,7 +262,7 @@ READOUTS = (
         read_sequence,
     ),
     Readout(frozenset(("embed",)), lambda model: projection(model).projs, read_embeddings),
-    Readout(frozenset(("merge", "match", "match_hard")), sample_streams, read_samples),
+    Readout(frozenset(("merge", "match", "match_any", "match_hard")), sample_streams, read_samples),
     Readout(frozenset(("pairs",)), _paired, lambda run: compare_pairs(run.model, run.batch, run.features, run.outputs)),
     Readout(frozenset(("rebuild",)), lambda model: (), lambda run: rebuild_patches(run.model, run.batch, run.outputs)),
     Readout(frozenset(("ctc",)), lambda model: (ctc_head(model).config.stream,), read_ctc),
@@ -283,9 +292,9 @@ def supports(config: ModelConfig) -> set[str]:
     if isinstance(config.backbone, LatentConfig) or _classified(config) is not None:
         found.add("merge")
     if isinstance(config.backbone, MergeConfig) or is_encoder:
-        found |= {"merge", "match"} if "matching" in kinds else {"merge"}
+        found |= {"merge", "match", "match_any"} if "matching" in kinds else {"merge"}
     if _matches_queries(config):
-        found |= {"merge", "match"}
+        found |= {"merge", "match", "match_any"}
     if (is_encoder or _matches_queries(config)) and {"matching", "projection"} <= kinds:
         found.add("match_hard")
     is_queried = any(

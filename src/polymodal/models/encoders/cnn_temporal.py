@@ -102,7 +102,7 @@ class TemporalMix(nn.Module):
 def pool_pairs(x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
     """The maximum of frames 2i and 2i + 1 ``[U, ceil(L / 2), C, H, W]``; a frame without a valid second stays."""
     first, second = x_ULCHW[:, ::2], x_ULCHW[:, 1::2]
-    paired, alone = first.split([second.shape[1], first.shape[1] - second.shape[1]], dim=1)
+    paired, alone = first[:, : second.shape[1]], first[:, second.shape[1] :]
     has_second_UL = is_valid_UL[:, 1::2, None, None, None]
     return torch.cat((torch.maximum(paired, second.where(has_second_UL, paired)), alone), dim=1)
 

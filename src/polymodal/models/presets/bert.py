@@ -9,9 +9,9 @@ from polymodal.core.errors import ConfigError
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.heads.masked_token import MaskedTokenConfig
-from polymodal.models.presets.activations import activation, hub_activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.blocks import block_rules
+from polymodal.models.presets.stacks import stack_config, stack_fields
 from polymodal.models.weights import HubConfigs, NameTable, Rule
 
 _MASKED, _PRETRAINING = "BertForMaskedLM", "BertForPreTraining"
@@ -51,12 +51,7 @@ def bert_encoder(config: Mapping[str, Any], *, pooler: bool) -> dict[str, Any]:
         "use": "text_transformer",
         "vocab_size": value["vocab_size"],
         "max_tokens": value["max_position_embeddings"],
-        "width": value["hidden_size"],
-        "depth": value["num_hidden_layers"],
-        "heads": value["num_attention_heads"],
-        "mlp_dim": value["intermediate_size"],
-        "activation": activation(value["hidden_act"]),
-        "norm_eps": value["layer_norm_eps"],
+        **stack_fields(value, "bert"),
         "pre_norm": False,
         "embed_norm": True,
         "segments": value["type_vocab_size"],
@@ -177,14 +172,9 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "model_type": "bert",
         "architectures": [kind],
         "vocab_size": encoder.vocab_size,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
+        **stack_config(encoder),
         "max_position_embeddings": encoder.max_tokens,
         "type_vocab_size": encoder.segments,
-        "layer_norm_eps": encoder.norm_eps,
         "tie_word_embeddings": heads[0].tied if heads else True,
         "pad_token_id": vocabulary.pad_id or 0,
     }

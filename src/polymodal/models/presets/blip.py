@@ -18,12 +18,13 @@ from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.vit import VitConfig
 from polymodal.models.heads.next_token import NextTokenConfig
 from polymodal.models.layers import TransformerConfig
-from polymodal.models.presets.activations import activation, hub_activation
+from polymodal.models.presets.activations import activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.bert_blocks import POST_NORM_PARTS
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import part_config
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
+from polymodal.models.presets.stacks import stack_config, stack_fields
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule, Slice
 
 CAPTION, ANSWER = "BlipForConditionalGeneration", "BlipForQuestionAnswering"
@@ -60,23 +61,12 @@ _VISION_PARTS = {
 
 def to_model(configs: HubConfigs) -> dict[str, Any]:
     """An image stream that the text's stack looks at."""
-    text = {**_TEXT, **part_config(configs.config, "text", "blip")}
-    vision = {**_VISION, **part_config(configs.config, "vision", "blip")}
-    require(text, "blip", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    require(vision, "blip", attention_dropout=0.0)
+    text, vision = text_config(configs), vision_config(configs)
     if ANSWER in configs.classes and text["hidden_size"] != vision["hidden_size"]:
         raise ConfigError(
             f"blip: found a text width of {text['hidden_size']} and an image width of {vision['hidden_size']}, "
             "expected equal ones: both look through layers of one size"
         )
-    image = {
-        "use": "vit",
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        **_stack(vision),
-        "pool": "cls",
-        "cls_feature": True,
-    }
     head = {
         "use": "next_token",
         "bias": True,
@@ -86,15 +76,46 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
     }
     reader = image_reader(configs.preprocessor, vision["image_size"], "BlipImageProcessor")
     return {
-        "streams": {"image": {"modality": "image", "encoder": image, "reader": reader, "enters": "cross_attention"}},
+        "streams": {
+            "image": {
+                "modality": "image",
+                "encoder": vision_encoder(vision),
+                "reader": reader,
+                "enters": "cross_attention",
+            }
+        },
         "backbone": _backbone(text, answers=ANSWER in configs.classes),
         "heads": {"text": head},
         "tokenizer": _tokenizer(configs, text),
     }
 
 
+def text_config(configs: HubConfigs) -> dict[str, Any]:
+    """The text side's config, defaults filled in; what we do not build is refused."""
+    text = {**_TEXT, **part_config(configs.config, "text", "blip")}
+    require(text, "blip", is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return text
+
+
+def vision_config(configs: HubConfigs) -> dict[str, Any]:
+    """The image tower's config, defaults filled in."""
+    return {**_VISION, **part_config(configs.config, "vision", "blip")}
+
+
+def vision_encoder(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The image tower; its class token is a feature."""
+    return {
+        "use": "vit",
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        **stack_fields(vision, "blip"),
+        "pool": "cls",
+        "cls_feature": True,
+    }
+
+
 def _backbone(text: Mapping[str, Any], *, answers: bool) -> dict[str, Any]:
-    stack = {**_stack(text), "pre_norm": False, "final_norm": False}
+    stack = {**stack_fields(text, "blip"), "pre_norm": False, "final_norm": False}
     shared = {
         "positions": "learned",
         "max_tokens": text["max_position_embeddings"],
@@ -120,17 +141,6 @@ def _tokenizer(configs: HubConfigs, text: Mapping[str, Any]) -> dict[str, Any]:
             f"{found}; is it the tokenizer of this checkpoint?"
         )
     return {"use": "file", "path": str(configs.folder), "rows": rows, "add": (START,), "eos": "[SEP]"}
-
-
-def _stack(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "activation": activation(config["hidden_act"]),
-        "norm_eps": config["layer_norm_eps"],
-    }
 
 
 def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
@@ -196,26 +206,20 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "sep_token_id": controls.get("[SEP]"),
         "pad_token_id": vocabulary.pad_id,
     }
-    text_config = {
+    text_part = {
         "model_type": "blip_text_model",
-        **_config(stack),
+        **stack_config(stack),
         "encoder_hidden_size": image.width,
         "vocab_size": model.tokenizer.rows or vocabulary.size,
         "max_position_embeddings": model.backbone.max_tokens,
         "is_decoder": True,
         **{key: id for key, id in ids.items() if id is not None},
     }
-    vision_config = {
-        "model_type": "blip_vision_model",
-        **_config(image),
-        "image_size": image.image_size,
-        "patch_size": image.patch_size,
-    }
     config = {
         "model_type": "blip",
         "architectures": [kind],
-        "text_config": text_config,
-        "vision_config": vision_config,
+        "text_config": text_part,
+        "vision_config": hub_vision_config(image),
     }
     reader = model.streams["image"].reader
     assert isinstance(reader, ImageReaderConfig)
@@ -223,14 +227,13 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     return {"config.json": config, "preprocessor_config.json": {**processor, "processor_class": "BlipProcessor"}}
 
 
-def _config(stack: VitConfig | TransformerConfig) -> dict[str, Any]:
+def hub_vision_config(encoder: VitConfig) -> dict[str, Any]:
+    """The inverse of :func:`vision_encoder`."""
     return {
-        "hidden_size": stack.width,
-        "num_hidden_layers": stack.depth,
-        "num_attention_heads": stack.heads,
-        "intermediate_size": stack.mlp_dim or 4 * stack.width,
-        "hidden_act": hub_activation(stack.activation),
-        "layer_norm_eps": stack.norm_eps,
+        "model_type": "blip_vision_model",
+        **stack_config(encoder),
+        "image_size": encoder.image_size,
+        "patch_size": encoder.patch_size,
     }
 
 

@@ -24,6 +24,7 @@ from polymodal.models.presets.language import stop_ids, tokenizer_of
 from polymodal.models.presets.language_table import find_language
 from polymodal.models.presets.llava import language_of
 from polymodal.models.presets.opt import OPT
+from polymodal.models.presets.stacks import stack_config
 from polymodal.models.presets.t5 import T5, t5_backbone, t5_config, t5_head, t5_names
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
@@ -237,14 +238,9 @@ def hub_files(
 def vision_config(encoder: VitConfig) -> dict[str, Any]:
     """The inverse of :func:`vision_encoder`."""
     return {
-        "hidden_size": encoder.width,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
+        **stack_config(encoder),
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
-        "hidden_act": hub_activation(encoder.activation),
-        "layer_norm_eps": encoder.norm_eps,
         "qkv_bias": True,
     }
 

@@ -14,6 +14,7 @@ from polymodal.models.heads.table import ProjectionConfig
 from polymodal.models.presets.activations import activation, hub_activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.bert import bert_names
+from polymodal.models.presets.stacks import stack_config, stack_fields
 from polymodal.models.weights import HubConfigs, NameTable, Rule
 
 _TEXT: dict[str, Any] = {
@@ -129,12 +130,7 @@ def text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
         "vocab_size": given["vocab_size"],
         "max_tokens": given["max_position_embeddings"] - first,
         "first_position": first,
-        "width": given["hidden_size"],
-        "depth": given["num_hidden_layers"],
-        "heads": given["num_attention_heads"],
-        "mlp_dim": given["intermediate_size"],
-        "activation": activation(given["hidden_act"]),
-        "norm_eps": given["layer_norm_eps"],
+        **stack_fields(given, "clap"),
         "pre_norm": False,
         "embed_norm": True,
         "segments": given["type_vocab_size"],
@@ -269,14 +265,9 @@ def _text_config(encoder: Any) -> dict[str, Any]:
     return {
         "model_type": "clap_text_model",
         "vocab_size": encoder.vocab_size,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
+        **stack_config(encoder),
         "max_position_embeddings": encoder.max_tokens + encoder.first_position,
         "type_vocab_size": encoder.segments,
-        "layer_norm_eps": encoder.norm_eps,
         "pad_token_id": encoder.first_position - 1,
     }
 

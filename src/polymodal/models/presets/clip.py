@@ -14,7 +14,8 @@ from polymodal.models.heads.table import ClassConfig, ProjectionConfig
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
 from polymodal.models.presets.labels import class_names, label_config
-from polymodal.models.presets.towers import grid_fields, stack_config, stack_fields, text_names, vision_names
+from polymodal.models.presets.stacks import stack_config, stack_fields
+from polymodal.models.presets.towers import grid_fields, text_names, vision_names
 from polymodal.models.weights import HubConfigs, NameTable, Rule
 
 _VISION: dict[str, Any] = {
@@ -84,7 +85,7 @@ def vision_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "use": "vit",
         **grid_fields(given["image_size"], given["patch_size"]),
-        **stack_fields(config, _VISION, "clip"),
+        **stack_fields(given, "clip"),
         "pool": "cls",
         "embed_norm": True,
         "patch_bias": False,
@@ -100,7 +101,7 @@ def text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
         "use": "text_transformer",
         "vocab_size": given["vocab_size"],
         "max_tokens": given["max_position_embeddings"],
-        **stack_fields(config, _TEXT, "clip"),
+        **stack_fields(given, "clip"),
         "causal": True,
         "pool": "highest" if is_legacy else "eos",
         "eos_id": None if is_legacy else given["eos_token_id"],

@@ -13,12 +13,13 @@ from polymodal.models.encoders.dvae import DvaeConfig
 from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.encoders.vit import VitConfig
 from polymodal.models.heads.table import ProjectionConfig
-from polymodal.models.presets.activations import activation, hub_activation
+from polymodal.models.presets.activations import activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
-from polymodal.models.presets.blocks import block_rules
+from polymodal.models.presets.blocks import VIT_PARTS, block_rules
 from polymodal.models.presets.clip import from_log_scale, part_config, text_reader
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
 from polymodal.models.presets.rows import word_rows
+from polymodal.models.presets.stacks import stack_config, stack_fields
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
 _STACK: dict[str, Any] = {
@@ -33,16 +34,6 @@ _IMAGE = {**_STACK, "image_size": 224, "patch_size": 16, "mask_token": True, "vo
 _TEXT = {**_STACK, "vocab_size": 30522, "type_vocab_size": 2, "max_position_embeddings": 512}
 _JOINT = {**_STACK, "num_hidden_layers": 6}
 _CODEBOOK: dict[str, Any] = {"hidden_size": 256, "vocab_size": 8192, "num_blocks_per_group": 2}
-_PARTS = {
-    "attention_norm": "layernorm_before",
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.out_proj": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp.up_proj": "intermediate.dense",
-    "mlp.down_proj": "output.dense",
-}
 _MODEL, _PRETRAINING = "FlavaModel", "FlavaForPreTraining"
 _TOKEN_HEADS = {"mim": "mim_head", "mlm": "mlm_head", "mmm_image": "mmm_image_head", "mmm_text": "mmm_text_head"}
 _POOLERS = {"image_pooler": "image_model", "text_pooler": "text_model", "joint_pooler": "multimodal_model"}
@@ -65,7 +56,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
         "use": "vit",
         "image_size": image["image_size"],
         "patch_size": image["patch_size"],
-        **_stack(image),
+        **stack_fields(image, "flava"),
         "pool": "cls",
         "cls_feature": True,
         "norm_features": False,
@@ -75,7 +66,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
         "use": "text_transformer",
         "vocab_size": text["vocab_size"],
         "max_tokens": text["max_position_embeddings"],
-        **_stack(text),
+        **stack_fields(text, "flava"),
         "segments": text["type_vocab_size"],
         "embed_norm": True,
         "pool": "first",
@@ -104,20 +95,14 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
         require(config, "flava", init_codebook=True)
         streams["codebook"] = _codec(part_config(config, "image_codebook", "flava"), image)
         heads |= _pretraining(text)
-    backbone = {"use": "encoder", "order": ["image", "text"], "token_types": False, "transformer": _stack(joint)}
+    backbone = {
+        "use": "encoder",
+        "order": ["image", "text"],
+        "token_types": False,
+        "transformer": stack_fields(joint, "flava"),
+    }
     model = {"streams": streams, "backbone": backbone, "heads": heads}
     return model if "tokenizer" in reader else {**model, "tokenizer": {"use": "bpe", "rows": text["vocab_size"]}}
-
-
-def _stack(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "heads": config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "activation": activation(config["hidden_act"]),
-        "norm_eps": config["layer_norm_eps"],
-    }
 
 
 def _codec(given: Mapping[str, Any], image: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,18 +157,18 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
                 Reshape((-1, width), (1, -1, width)),
             ),
             Rule(vision + "pooled_norm.{p}", "image_model.layernorm.{p}"),
-            *block_rules(vision + "transformer.blocks", "image_model.encoder.layer", _PARTS),
+            *block_rules(vision + "transformer.blocks", "image_model.encoder.layer", VIT_PARTS),
             Rule(words + "token_embed.{p}", "text_model.embeddings.word_embeddings.{p}"),
             Rule(words + "positions.weight", "text_model.embeddings.position_embeddings.weight"),
             Rule(words + "segments.{p}", "text_model.embeddings.token_type_embeddings.{p}"),
             Rule(words + "embed_norm.{p}", "text_model.embeddings.LayerNorm.{p}"),
             Rule(words + "pooled_norm.{p}", "text_model.layernorm.{p}"),
-            *block_rules(words + "transformer.blocks", "text_model.encoder.layer", _PARTS),
+            *block_rules(words + "transformer.blocks", "text_model.encoder.layer", VIT_PARTS),
             Rule("streams.image.connector.stack.layers.0.{p}", "image_to_mm_projection.{p}"),
             Rule("streams.text.connector.stack.layers.0.{p}", "text_to_mm_projection.{p}"),
             Rule(joint + "cls_token", "multimodal_model.cls_token", Reshape((-1,), (1, 1, -1))),
             Rule(joint + "transformer.final_norm.{p}", "multimodal_model.layernorm.{p}"),
-            *block_rules(joint + "transformer.blocks", "multimodal_model.encoder.layer", _PARTS),
+            *block_rules(joint + "transformer.blocks", "multimodal_model.encoder.layer", VIT_PARTS),
             *(Rule(f"heads.{name}.proj.{{p}}", f"{tower}.pooler.dense.{{p}}") for name, tower in _POOLERS.items()),
             Rule("heads.space.projs.image.{p}", "image_projection.{p}"),
             Rule("heads.space.projs.text.{p}", "text_projection.{p}"),
@@ -228,19 +213,19 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
     space = next(head for head in model.heads.values() if isinstance(head, ProjectionConfig))
     image_config = {
         "model_type": "flava_image_model",
-        **_config(image),
+        **stack_config(image),
         "image_size": image.image_size,
         "patch_size": image.patch_size,
         "mask_token": image.mask_token,
     }
     text_config = {
         "model_type": "flava_text_model",
-        **_config(text),
+        **stack_config(text),
         "vocab_size": word_rows(model, vocabulary),
         "type_vocab_size": text.segments,
         "max_position_embeddings": text.max_tokens,
     }
-    joint = {"model_type": "flava_multimodal_model", **_config(model.backbone.transformer)}
+    joint = {"model_type": "flava_multimodal_model", **stack_config(model.backbone.transformer)}
     config: dict[str, Any] = {
         "model_type": "flava",
         "architectures": [_MODEL],
@@ -261,17 +246,6 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         config |= {"architectures": [_PRETRAINING], "init_codebook": True, "image_codebook_config": codebook}
     processor = image_preprocessor(model.streams["image"].reader, "FlavaImageProcessor")
     return {"config.json": config, "preprocessor_config.json": {**processor, "processor_class": "FlavaProcessor"}}
-
-
-def _config(stack: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": stack.width,
-        "num_hidden_layers": stack.depth,
-        "num_attention_heads": stack.heads,
-        "intermediate_size": stack.mlp_dim or 4 * stack.width,
-        "hidden_act": hub_activation(stack.activation),
-        "layer_norm_eps": stack.norm_eps,
-    }
 
 
 def _parts(model: ModelConfig) -> tuple[VitConfig, TextTransformerConfig]:

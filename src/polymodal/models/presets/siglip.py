@@ -15,7 +15,8 @@ from polymodal.models.presets.architecture import Architecture, Size, Vocabulary
 from polymodal.models.presets.clip import from_log_scale, own_rows, part_config, text_reader
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
 from polymodal.models.presets.labels import class_names, label_config
-from polymodal.models.presets.towers import grid_fields, stack_config, stack_fields, text_names, vision_names
+from polymodal.models.presets.stacks import stack_config, stack_fields
+from polymodal.models.presets.towers import grid_fields, text_names, vision_names
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
 _STACK: dict[str, Any] = {
@@ -67,14 +68,14 @@ def vision_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "use": "vit",
         **grid_fields(config.get("image_size", 224), config.get("patch_size", 16)),
-        **stack_fields(config, _STACK, "siglip"),
+        **stack_fields({**_STACK, **config}, "siglip"),
         "pool": "attention" if config.get("vision_use_head", True) else "mean",
     }
 
 
 def text_encoder(config: Mapping[str, Any]) -> dict[str, Any]:
     """A text tower's encoder from its ``text_config``; it sees texts filled up, and its last token is what counts."""
-    fields = stack_fields(config, _STACK, "siglip")
+    fields = stack_fields({**_STACK, **config}, "siglip")
     return {
         "use": "text_transformer",
         "vocab_size": config.get("vocab_size", 32000),

@@ -8,10 +8,11 @@ from typing import Any
 from polymodal.core.errors import ConfigError
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.space_time import SpaceTimeConfig
-from polymodal.models.presets.activations import activation, hub_activation
+from polymodal.models.presets.activations import activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.labels import class_names, label_config
+from polymodal.models.presets.stacks import stack_config
 from polymodal.models.presets.video_reader import frame_processor, video_reader
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule, Slice
 
@@ -103,12 +104,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
         "num_frames": encoder.num_frames,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
-        "layer_norm_eps": encoder.norm_eps,
+        **stack_config(encoder),
         "qkv_bias": True,
     }
     for head in model.heads.values():

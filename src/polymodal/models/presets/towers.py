@@ -6,13 +6,9 @@ paths, so that a language model's vision tower is a call with other prefixes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.encoders.vit import VitConfig
-from polymodal.models.presets.activations import activation, hub_activation
-from polymodal.models.presets.architecture import require
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.weights import NameTable, Reshape, Rule, Slice
 
@@ -34,38 +30,6 @@ def grid_fields(image_size: int, patch_size: int) -> dict[str, Any]:
         "image_size": image_size,
         "patch_size": patch_size,
         **({"drop_rest": True} if image_size % patch_size else {}),
-    }
-
-
-def stack_fields(config: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of one of our transformer encoders from a tower's config.
-
-    Args:
-        config: ``vision_config`` or ``text_config``.
-        defaults: of the reference library, for keys that are absent.
-        where: the architecture, for messages.
-    """
-    given = {**defaults, **config}
-    require(given, where, attention_dropout=0.0)
-    return {
-        "width": given["hidden_size"],
-        "depth": given["num_hidden_layers"],
-        "heads": given["num_attention_heads"],
-        "mlp_dim": given["intermediate_size"],
-        "activation": activation(given["hidden_act"]),
-        "norm_eps": given["layer_norm_eps"],
-    }
-
-
-def stack_config(encoder: VitConfig | TextTransformerConfig) -> dict[str, Any]:
-    """The inverse of :func:`stack_fields`."""
-    return {
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
-        "layer_norm_eps": encoder.norm_eps,
     }
 
 

@@ -14,23 +14,13 @@ from polymodal.models.encoders.patches import PatchesConfig
 from polymodal.models.heads.table import ClassConfig
 from polymodal.models.presets.activations import activation, hub_activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
-from polymodal.models.presets.blocks import block_rules
+from polymodal.models.presets.blocks import VIT_PARTS, block_rules
 from polymodal.models.presets.clip import text_reader
 from polymodal.models.presets.image_reader import resample_code, resample_name
 from polymodal.models.presets.labels import class_names, label_config
 from polymodal.models.presets.rows import Row, word_rows
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
-_PARTS = {
-    "attention_norm": "layernorm_before",
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.out_proj": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp.up_proj": "intermediate.dense",
-    "mlp.down_proj": "output.dense",
-}
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 30522,
     "type_vocab_size": 2,
@@ -152,7 +142,7 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
             Rule(types + "image", "embeddings.token_type_embeddings.weight", Row(1, 2)),
             Rule("backbone.pooler.{p}", "pooler.dense.{p}"),
             Rule("backbone.transformer.final_norm.{p}", "layernorm.{p}"),
-            *block_rules("backbone.transformer.blocks", "encoder.layer", _PARTS),
+            *block_rules("backbone.transformer.blocks", "encoder.layer", VIT_PARTS),
         ],
         ignored=("embeddings.text_embeddings.position_ids",),
     )

@@ -8,24 +8,15 @@ from typing import Any
 from polymodal.core.errors import ConfigError
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.vit import VitConfig
-from polymodal.models.presets.activations import activation, hub_activation
+from polymodal.models.presets.activations import activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
-from polymodal.models.presets.blocks import block_rules
+from polymodal.models.presets.blocks import VIT_PARTS, block_rules
 from polymodal.models.presets.image_reader import image_preprocessor, image_reader
 from polymodal.models.presets.labels import class_names, label_config
+from polymodal.models.presets.stacks import stack_config
 from polymodal.models.presets.towers import grid_fields
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule
 
-_PARTS = {
-    "attention_norm": "layernorm_before",
-    "attention.q_proj": "attention.attention.query",
-    "attention.k_proj": "attention.attention.key",
-    "attention.v_proj": "attention.attention.value",
-    "attention.out_proj": "attention.output.dense",
-    "mlp_norm": "layernorm_after",
-    "mlp.up_proj": "intermediate.dense",
-    "mlp.down_proj": "output.dense",
-}
 _CLASSIFIER = "ViTForImageClassification"
 _HAS_POOLER = "has_pooler"
 """A key of our own: the reference library takes this choice as an argument, and its configs do not hold it."""
@@ -78,7 +69,7 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
             ),
             Rule(trunk + "transformer.final_norm.{p}", "layernorm.{p}"),
             Rule(trunk + "pooler.{p}", "pooler.dense.{p}"),
-            *block_rules(trunk + "transformer.blocks", "encoder.layer", _PARTS),
+            *block_rules(trunk + "transformer.blocks", "encoder.layer", VIT_PARTS),
         ]
     )
     is_wrapped = bool(model.heads) or any(name.startswith("vit.") for name in stored)
@@ -94,12 +85,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "architectures": ["ViTModel"],
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
-        "layer_norm_eps": encoder.norm_eps,
+        **stack_config(encoder),
         _HAS_POOLER: encoder.pooler,
     }
     if heads:

@@ -14,7 +14,8 @@ from polymodal.models.presets.activations import activation, hub_activation
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import from_log_scale, own_rows, part_config, text_encoder, text_reader, tower_config
-from polymodal.models.presets.towers import stack_fields, text_names
+from polymodal.models.presets.stacks import stack_config, stack_fields
+from polymodal.models.presets.towers import text_names
 from polymodal.models.presets.video_reader import frame_processor, video_reader
 from polymodal.models.weights import TRANSPOSED, HubConfigs, NameTable, Reshape, Rule
 
@@ -66,7 +67,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
         "image_size": vision["image_size"],
         "patch_size": vision["patch_size"],
         "num_frames": vision["num_frames"],
-        **stack_fields(vision, _VISION, "xclip"),
+        **stack_fields(vision, "xclip"),
         "patch_bias": False,
         "embed_norm": True,
         "final_norm": False,
@@ -132,12 +133,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "image_size": encoder.image_size,
         "patch_size": encoder.patch_size,
         "num_frames": encoder.num_frames,
-        "hidden_size": encoder.width,
-        "num_hidden_layers": encoder.depth,
-        "num_attention_heads": encoder.heads,
-        "intermediate_size": encoder.mlp_dim or 4 * encoder.width,
-        "hidden_act": hub_activation(encoder.activation),
-        "layer_norm_eps": encoder.norm_eps,
+        **stack_config(encoder),
         "mit_hidden_size": head.dim,
         "mit_num_hidden_layers": head.depth,
         "mit_num_attention_heads": head.heads,

@@ -64,7 +64,7 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
     A parameter that stands in several places (tied embeddings) is replaced in all of them.
 
     Raises:
-        CheckpointError: if a shape differs or a name is unknown; nothing has been changed then.
+        CheckpointError: if a shape or the kind of numbers differs, or a name is unknown; nothing has been changed then.
     """
     state = network.state_dict(keep_vars=True)
     wrong = [name for name in tensors if name not in state]
@@ -74,6 +74,11 @@ def assign(network: nn.Module, tensors: Mapping[str, Tensor], source: str) -> No
         if tensor.shape != state[name].shape:
             raise CheckpointError(
                 f"{source}: {name}: found shape {tuple(tensor.shape)}, expected {tuple(state[name].shape)}"
+            )
+        if state[name].is_floating_point() and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{source}: {name}: found {tensor.dtype}, expected a floating-point format; weights that another "
+                "library quantised are not read: take the checkpoint that they were made from"
             )
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in network.modules():

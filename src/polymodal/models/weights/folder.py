@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymodal.core.errors import CheckpointError
+from polymodal.modalities.text.files import json_object
 
 CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -121,16 +121,7 @@ class HubFolder:
         )
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        if not path.is_file():
-            return {}
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: is not readable JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path}: found {type(data).__name__}, expected a JSON object")
-        return data
+        return json_object(self.path / name)
 
     @property
     def has_weights(self) -> bool:
@@ -181,6 +172,20 @@ def _open(paths: list[Path]) -> Mapping[str, Tensor]:
     return MappedTensors(paths)
 
 
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What is wrong with a safetensors file, as far as its size and its first bytes tell."""
+    hint = ""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(64)
+        hint = f"; it has {path.stat().st_size:,} bytes: fetch it again if the download or the copy was cut off"
+        if start.startswith(b"version https://git-lfs"):
+            hint = "; it is a pointer of Git LFS and not the file itself: fetch that, for example with git lfs pull"
+        elif start.lstrip().startswith(b"<"):
+            hint = "; it is a web page: fetch the file again"
+    return CheckpointError(f"{path}: not a readable safetensors file: {error}{hint}")
+
+
 def _read_bin(path: Path) -> dict[str, Tensor]:
     """A pickled file by the loader that runs no code, its tensors mapped."""
     try:
@@ -212,7 +217,7 @@ class MappedTensors(Mapping[str, Tensor]):
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
                 names = list(file.keys())
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+                raise unreadable(path, error) from None
             twice = [name for name in names if name in self._files]
             if twice:
                 raise CheckpointError(f"{path}: holds {twice[0]}, which another file of the checkpoint holds too")

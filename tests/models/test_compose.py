@@ -282,4 +282,5 @@ def test_the_resolved_config_reads_back_equal() -> None:
 def test_supports_names_the_passes_that_a_model_can_run() -> None:
     assert supports(ModelConfig.parse(decoder_data())) == {"sequence"}
     assert supports(ModelConfig.parse(merge_data())) == {"merge"}
-    assert supports(ModelConfig.parse(merge_data(heads={"m": {"use": "matching"}}))) == {"merge", "match"}
+    matching = merge_data(heads={"m": {"use": "matching"}})
+    assert supports(ModelConfig.parse(matching)) == {"merge", "match", "match_any"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import polymodal as pm
@@ -15,14 +17,17 @@ from polymodal.models.compose import to_device
 
 from .reference import assert_close
 
+transformers = pytest.importorskip("transformers")
+
 
 def asked(prompt: Sequence[Any]) -> pm.Sample:
     """A user's turn of texts and pictures."""
     return conversation(*(part if isinstance(part, str) else pm.Image(part) for part in prompt))
 
 
-def laid_out(processor: Any, prompt: Sequence[Any]) -> Any:
-    """The same turn as the reference's processor lays it out."""
+def inputs_of(folder: Path, prompt: Sequence[Any]) -> Any:
+    """The same turn as the processor of the reference's folder lays it out."""
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in prompt]
     text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
     pictures = [part for part in prompt if not isinstance(part, str)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from polymodal.models.weights import HubConfigs
 from polymodal.models.weights.assign import no_weights, num_parameters
 
 from .languages import byte_tokenizer
-from .prompts import asked, assert_same_answers, assert_same_logits, laid_out
+from .prompts import asked, assert_same_answers, assert_same_logits, inputs_of
 from .reference import assert_close, assert_missing_is_named, assert_same_weights, randomise
 
 transformers = pytest.importorskip("transformers")
@@ -96,15 +95,6 @@ def make(folder: Path, kind: str) -> Path:
         num_additional_image_tokens=1,
     ).save_pretrained(folder)
     return folder
-
-
-def processor(folder: Path) -> Any:
-    return transformers.LlavaNextProcessor.from_pretrained(folder)
-
-
-def inputs_of(folder: Path, prompt: Sequence[Any]) -> Any:
-    """A prompt as the reference takes it."""
-    return laid_out(processor(folder), prompt)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -18,19 +16,12 @@ from polymodal.models.presets.vilt import VILT
 from polymodal.models.weights import HubConfigs
 
 from .bert_tokenizer import bert_tokenizer
+from .pairs import TEXTS, pairs_of
 from .reference import assert_close, assert_published_size, assert_same_weights, randomise, save_reference
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["a red dog", "what is it on the grass?", "cats"]
-_RNG = np.random.default_rng(0)
-PICTURES = [
-    PIL.Image.fromarray(_RNG.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((40, 40), (30, 64), (90, 40))
-]
-SAMPLES = [
-    pm.Sample(str(i), views={"text": pm.Text(text), "image": pm.Image(picture)})
-    for i, (text, picture) in enumerate(zip(TEXTS, PICTURES, strict=True))
-]
+PICTURES, SAMPLES = pairs_of((40, 40), (30, 64), (90, 40))
 
 
 def make(folder: Path, kind: str, **options: Any) -> tuple[Any, Any]:

@@ -163,23 +163,39 @@ class Attention(nn.Module):
         q_BTHK = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_dim))
         q_BTHK = _normed(q_BTHK, self.q_norm)
         k, v = self._memory_keys(memory, layer, cache)
+        if layout.segment_lengths is not None:
+            return self._seen_packed(q_BTHK, k.to(q_BTHK.dtype), v.to(q_BTHK.dtype), memory, layout)
         mask, sees_any = memory.mask
-        if layout.segment_lengths is None:
-            return self._seen(q_BTHK, k, v, mask, sees_any)
-        parts, segment, start = [], 0, 0
-        for count, length in layout.groups:
-            rows_of, tokens_of = slice(segment, segment + count), slice(start, start + count * length)
-            shape = (count, length)
-            q = torch.unflatten(q_BTHK[0, tokens_of], 0, shape)
-            if memory.may_attend_BTM is None:
-                own, any_own = (None if part is None else part[rows_of] for part in (mask, sees_any))
-            else:
-                own, any_own = (
-                    None if part is None else torch.unflatten(part[0, tokens_of], 0, shape) for part in (mask, sees_any)
-                )
-            parts.append(self._seen(q, k[rows_of], v[rows_of], own, any_own).flatten(0, 1))
-            segment, start = segment + count, start + count * length
-        return torch.cat(parts)[None]
+        return self._seen(q_BTHK, k, v, mask, sees_any)
+
+    def _seen_packed(self, q_BTHK: Tensor, k: Tensor, v: Tensor, memory: Memory, layout: Layout) -> Tensor:
+        """Attention of packed segments, each to its own row of the memory, in the calls of :attr:`Layout.buckets`."""
+        shapes, index, inverse = layout.buckets
+        mask, sees_any = memory.mask
+        is_by_token = memory.may_attend_BTM is not None
+        q_NHK = q_BTHK.squeeze(0) if index is None else q_BTHK[0].index_select(0, index)
+        if is_by_token and mask is not None:
+            mask = mask[0] if index is None else mask[0].index_select(0, index)
+        counts, sizes = [count for count, _ in shapes], [count * length for count, length in shapes]
+        # Split once, so that the backward pass is one join; slices would each make a full-size gradient.
+        masks = [None] * len(shapes) if mask is None else torch.split(mask, sizes if is_by_token else counts)
+        calls = zip(
+            shapes, torch.split(q_NHK, sizes), torch.split(k, counts), torch.split(v, counts), masks, strict=True
+        )
+        parts = []
+        for shape, q, own_k, own_v, own_mask in calls:
+            if own_mask is not None:
+                own_mask = (own_mask.unflatten(0, shape) if is_by_token else own_mask)[:, None]
+            seen = self._attend(q.unflatten(0, shape).transpose(1, 2), own_k, own_v, own_mask, False)
+            parts.append(seen.transpose(1, 2).flatten(0, 1).flatten(1))
+        joined_NC = torch.cat(parts) if len(parts) > 1 else parts[0]
+        out_BTD = self._out((joined_NC if inverse is None else joined_NC.index_select(0, inverse))[None])
+        if sees_any is None:
+            return out_BTD
+        if not is_by_token:
+            lengths_S = torch.tensor(layout.segment_lengths, device=sees_any.device)
+            sees_any = sees_any[:, 0].repeat_interleave(lengths_S)[None]
+        return out_BTD * sees_any[..., None]
 
     def _seen(self, q_BTHK: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sees_any: Tensor | None) -> Tensor:
         """Attention of padded rows to their memory; mask ``[B, T or 1, M]``, sees_any ``[B, T or 1]``."""

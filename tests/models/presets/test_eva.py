@@ -65,6 +65,8 @@ def values() -> torch.Tensor:
         ("eva02_small_patch14_224", {}),
         ("eva02_base_patch14_224", {"num_classes": 3}),
         ("eva02_base_patch16_clip_224", {"global_pool": "token"}),
+        ("eva02_enormous_patch14_clip_224", {"global_pool": "token"}),
+        ("eva02_enormous_patch14_clip_224", {"num_classes": 3}),
         ("eva02_large_patch14_clip_336", {"model_args": {**SMALL, "img_size": 42}}),
     ],
 )
@@ -102,10 +104,10 @@ def test_what_is_not_built_is_refused() -> None:
     def read(**config: Any) -> None:
         EVA.model(HubConfigs({"architecture": "eva_giant_patch14_224", **config}))
 
-    with pytest.raises(ConfigError, match="unknown EVA model 'eva02_enormous_patch14_clip_224'"):
-        read(architecture="eva02_enormous_patch14_clip_224")
-    with pytest.raises(ConfigError, match="unknown argument 'use_post_norm'"):
-        read(model_args={"use_post_norm": True})
+    with pytest.raises(ConfigError, match="unknown EVA model 'vit_medium_patch16_rope_reg1_gap_256'"):
+        read(architecture="vit_medium_patch16_rope_reg1_gap_256")
+    with pytest.raises(ConfigError, match="unknown argument 'use_fc_norm'"):
+        read(model_args={"use_fc_norm": True})
     with pytest.raises(ConfigError, match="found crop_mode: 'tile', expected 'center' or 'squash' or 'border'"):
         read(pretrained_cfg={"crop_mode": "tile"})
     for mode, share, expected in (("border", 0.9, "1.0"), ("squash", 0.9, "1.0"), ("center", 1.1, "at most 1.0")):
@@ -119,7 +121,7 @@ def test_what_is_not_built_is_refused() -> None:
 
 @pytest.mark.parametrize("name", list(EVA.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    # Published as 1.0B (giant), 5.5M, 21.6M, 85.8M, 303M (EVA-02), 86.3M, 304M and 304M (CLIP towers).
+    # Published as 1.0B (giant), 5.5M, 21.6M, 85.8M, 303M (EVA-02), 86.3M, 304M, 304M and 4.4B (CLIP towers).
     assert_published_size(name, lambda config: build({**config, "model_args": {}}))
 
 

@@ -104,7 +104,9 @@ def test_embeddings_equal_the_reference(tmp_path: Path, config: dict[str, Any]) 
     np.testing.assert_array_equal(pm.load(tmp_path / "ours").embed(TEXTS), model.embed(TEXTS))
 
 
-@pytest.mark.parametrize("name", ["eva_giant_patch14_224", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize(
+    "name", ["eva_giant_patch14_224", "eva02_base_patch16_clip_224", "eva02_enormous_patch14_clip_224"]
+)
 def test_an_eva_tower_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from safetensors.torch import load_file
 
@@ -157,7 +159,7 @@ def test_what_is_not_built_is_refused(where: str, more: dict[str, Any], message:
 
 @pytest.mark.parametrize("name", list(OPEN_CLIP.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    # Published as 151M, 150M, 428M, 986M, 1.37B and 2.54B.
+    # Published as 151M, 150M, 428M, 986M, 1.37B and 2.54B; EVA-02 E as 4.70B and 5.04B.
     assert_published_size(name, lambda config: build(dict(config["model_cfg"])))
 
 

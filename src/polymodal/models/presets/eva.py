@@ -70,6 +70,9 @@ _SMALL = {**_EVA02, "patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads"
 _BASE = {**_UNFUSED, "patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {**_UNFUSED, "patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 _CLIP = {"scale_attn_inner": True, "global_pool": "token"}
+# In spite of its name EVA-01's block, but for the place of the norms.
+_ENORMOUS = {"patch_size": 14, "embed_dim": 1792, "depth": 64, "num_heads": 16, "mlp_ratio": 15360 / 1792}
+_ENORMOUS |= {"use_post_norm": True, "global_pool": "token"}
 TIMM: dict[str, dict[str, Any]] = {
     "eva_giant_patch14_224": _GIANT,
     "eva_giant_patch14_336": {**_GIANT, "img_size": 336},
@@ -86,8 +89,9 @@ TIMM: dict[str, dict[str, Any]] = {
     "eva02_base_patch16_clip_224": {**_BASE, **_CLIP, "patch_size": 16},
     "eva02_large_patch14_clip_224": {**_LARGE, **_CLIP},
     "eva02_large_patch14_clip_336": {**_LARGE, **_CLIP, "img_size": 336},
+    "eva02_enormous_patch14_clip_224": _ENORMOUS,
 }
-"""Arguments of timm's models by name. EVA-02 enormous has its norms after the sublayers and is not among them."""
+"""Arguments of timm's models by name."""
 _DEFAULTS: dict[str, Any] = {
     "img_size": 224,
     "mlp_ratio": 4.0,
@@ -97,6 +101,7 @@ _DEFAULTS: dict[str, Any] = {
     "scale_attn_inner": False,
     "use_rot_pos_emb": False,
     "ref_feat_shape": None,
+    "use_post_norm": False,
     "global_pool": "avg",
 }
 _REQUIRED = ("patch_size", "embed_dim", "depth", "num_heads")
@@ -132,6 +137,7 @@ def encoder(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": 1e-6,
         "gated": is_gated,
         "sub_norm": sub_norm,
+        "branch_norm": given["use_post_norm"],
         "key_bias": False,
         "rope_grid": given["ref_feat_shape"][0] if given["use_rot_pos_emb"] else None,
         "pool": "cls" if by_token else "cls_mean",
@@ -318,6 +324,7 @@ def nearest(data: VitConfig) -> tuple[str, dict[str, Any]]:
         "scale_attn_inner": data.sub_norm == "both",
         "use_rot_pos_emb": data.rope_grid is not None,
         "ref_feat_shape": data.rope_grid and (data.rope_grid, data.rope_grid),
+        "use_post_norm": data.branch_norm,
         "global_pool": "token" if data.pool == "cls" else "avg",
     }
     found = {name: _differing(args, {**_DEFAULTS, **published}) for name, published in TIMM.items()}
@@ -369,6 +376,7 @@ EVA = Architecture(
             "eva02_base_patch16_clip_224": 85_869_312,
             "eva02_large_patch14_clip_224": 303_317_952,
             "eva02_large_patch14_clip_336": 303_645_632,
+            "eva02_enormous_patch14_clip_224": 4_348_720_896,
         }.items()
     },
 )

@@ -297,6 +297,8 @@ _EVA01, _EVA02_B = (
 _EVA02_L, _EVA02_L336 = (
     {"timm_model_name": f"eva02_large_patch14_clip_{size}", "image_size": size, **_EVA} for size in (224, 336)
 )
+_EVA02_E = {"timm_model_name": "eva02_enormous_patch14_clip_224", **_EVA}
+_BIG_TEXT = {"width": 1280, "heads": 20, "layers": 32}
 _L_TEXT, _H_TEXT = {"width": 768, "heads": 12}, {"width": 1024, "heads": 16, "layers": 24}
 
 OPEN_CLIP = Architecture(
@@ -313,11 +315,13 @@ OPEN_CLIP = Architecture(
         "open_clip-vit-l-14": _size(427_616_513, 768, _L14, _L_TEXT),
         "open_clip-vit-h-14": _size(986_109_441, 1024, _H14, _H_TEXT),
         "open_clip-vit-g-14": _size(1_366_678_273, 1024, _G14, _H_TEXT),
-        "open_clip-vit-bigg-14": _size(2_539_567_105, 1280, _BIG_G14, {"width": 1280, "heads": 20, "layers": 32}),
+        "open_clip-vit-bigg-14": _size(2_539_567_105, 1280, _BIG_G14, _BIG_TEXT),
         "open_clip-eva01-g-14": _size(1_136_435_841, 1024, _EVA01, _L_TEXT, custom_text=True),
         "open_clip-eva01-g-14-plus": _size(1_366_621_569, 1024, _EVA01, _H_TEXT, custom_text=True),
         "open_clip-eva02-b-16": _size(149_691_137, 512, _EVA02_B, {}, custom_text=True),
         "open_clip-eva02-l-14": _size(427_755_457, 768, _EVA02_L, _L_TEXT, custom_text=True),
+        "open_clip-eva02-e-14": _size(4_704_589_569, 1024, _EVA02_E, _H_TEXT, custom_text=True),
+        "open_clip-eva02-e-14-plus": _size(5_044_889_089, 1024, _EVA02_E, _BIG_TEXT, custom_text=True),
         "open_clip-eva02-l-14-336": _size(428_083_137, 768, _EVA02_L336, _L_TEXT, custom_text=True),
     },
     config_file="open_clip_config.json",

@@ -71,7 +71,13 @@ _BASE = {**_UNFUSED, "patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads
 _LARGE = {**_UNFUSED, "patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 _CLIP = {"scale_attn_inner": True, "global_pool": "token"}
 # In spite of its name EVA-01's block, but for the place of the norms.
-_ENORMOUS = {"patch_size": 14, "embed_dim": 1792, "depth": 64, "num_heads": 16, "mlp_ratio": 15360 / 1792}
+_ENORMOUS: dict[str, Any] = {
+    "patch_size": 14,
+    "embed_dim": 1792,
+    "depth": 64,
+    "num_heads": 16,
+    "mlp_ratio": 15360 / 1792,
+}
 _ENORMOUS |= {"use_post_norm": True, "global_pool": "token"}
 TIMM: dict[str, dict[str, Any]] = {
     "eva_giant_patch14_224": _GIANT,

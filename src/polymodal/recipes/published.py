@@ -123,7 +123,8 @@ class Published:
         kept = {*self.architecture.float32}
         table = self.architecture.names(self.model, list(self.folder.tensors)) if kept else None
         places = {name: table.find(name) for name in wanted_names(network)} if table else {}
-        return [name for name, place in places.items() if place is not None and kept & {*place[1].split(".")}]
+        # The code that BLIP-2 was published with writes 'Qformer' where the library writes 'qformer'.
+        return [name for name, place in places.items() if place is not None and kept & {*place[1].lower().split(".")}]
 
 
 def _below(name: str, path: str) -> bool:

@@ -125,6 +125,6 @@ MINIGPT4 = Architecture(
         "minigpt-4-vicuna-7b": _size("vicuna-7b-v1.5", 7_832_679_936),
         "minigpt-4-vicuna-13b": _size("vicuna-13b-v1.5", 14_110_916_096),
     },
-    float32=("query_tokens", "qformer", "Qformer"),
+    float32=("query_tokens", "qformer"),
 )
 """See the module."""

@@ -90,7 +90,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
     }
     pixels = image_reader(configs.preprocessor, given["image_size"], "BlipImageProcessor")
     reader = text_reader(configs, given["max_tokens"])
-    model = {
+    model: dict[str, Any] = {
         "streams": {
             "image": {"modality": "image", "encoder": image, "reader": pixels, "enters": "cross_attention"},
             "text": {

@@ -167,3 +167,14 @@ def test_a_decoder_that_cannot_drop_says_so(transformer: dict[str, Any], message
     toy = build(decoder_data(transformer={**STACK, **transformer}))
     with pytest.raises(ConfigError, match=message):
         Engine(toy.network, toy.processor).generate([question(0, "image")], GREEDY, drop=MediaDrop(after=2, share=0.5))
+
+
+def test_media_are_encoded_once_although_no_prefix_is_kept() -> None:
+    toy, engine = make()
+    drop = MediaDrop(after=2, share=0.5)
+    seen: list[int] = []
+    toy.network.streams["image"].encoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    asked = [question(2, "image", "audio", text=text) for text in ("Which?", "What is it?")]
+    answers = [list(engine.stream(sample, GREEDY, None, drop)) for sample in asked]
+    assert seen == [1] and not len(engine.prefixes)
+    assert answers[1] == list(Engine(toy.network, toy.processor).stream(asked[1], GREEDY, None, drop))

@@ -355,3 +355,35 @@ def test_a_file_that_lost_its_end_behind_its_header_is_still_found(tmp_path: Pat
         os.utime(path, ns=(10**18, 10**18))
         with pytest.raises(CorruptMediaError, match=r"decoding the JPEG failed|the header states 64 x 64"):
             decode_image(Image(path), LIMITS)
+
+
+def test_rounding_says_where_the_middle_begins_and_how_large_the_inside_is() -> None:
+    columns = np.repeat(np.arange(7, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(4, axis=0)  # 4 rows, 7 columns
+    plain: dict[str, object] = {"size_px": 4, "resize": "crop", "rescale": 1.0, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    found = {
+        rounding: ImageReader(ImageReaderConfig.parse({**plain, "rounding": rounding}), LIMITS)
+        .read(Image(columns))
+        .units[0][0, 0]
+        for rounding in ("down", "nearest")
+    }
+    assert found["down"].tolist() == [1, 2, 3, 4] and found["nearest"].tolist() == [2, 3, 4, 5]
+    # 7 columns and 4 rows in a square of 4: the inside has 2.29 rows, which are 3 or 2.
+    padded = {
+        rounding: ImageReader(
+            ImageReaderConfig.parse({**plain, "resize": "pad", "fill": (200, 7, 9), "rounding": rounding}), LIMITS
+        )
+        .read(Image(columns))
+        .units[0]
+        for rounding in ("down", "nearest")
+    }
+    assert (padded["down"][0, :, 0] == 200).tolist() == [False, False, False, True]
+    assert (padded["nearest"][0, :, 0] == 200).tolist() == [True, False, False, True]
+    assert padded["nearest"][:, 0, 0].tolist() == [200, 7, 9]
+    with pytest.raises(ConfigError, match="fill"):
+        ImageReaderConfig.parse({"fill": [1, 2, 256]}, "reader")
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_extreme_shapes_have_a_nearest_middle_too(fit: str) -> None:
+    for source in (np.zeros((1, 60_000), np.uint8), np.zeros((60_000, 1), np.uint8), np.zeros((1, 1), np.uint8)):
+        assert read(source, resize=fit, rounding="nearest")[0].shape == (3, 16, 16)

@@ -27,6 +27,7 @@ VARIANTS = {
     "llama": LLAMA,
     "qwen3": LLAMA.model_copy(update={"qk_norm": True, "head_dim": 16}),
     "qwen2": LLAMA.model_copy(update={"qkv_bias": True}),
+    "branch": TransformerConfig(width=32, depth=2, branch_norm=True),
     "bert": TransformerConfig(width=32, depth=2, pre_norm=False, final_norm=False),
     "scaled": TransformerConfig(width=32, depth=2, layer_scale=0.1, activation="quick_gelu"),
     "relu": TransformerConfig(width=32, depth=2, activation="relu", qk_norm=True),

@@ -175,3 +175,12 @@ def test_the_mean_counts_every_patch_once() -> None:
 def test_what_cannot_be_is_said(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ENCODERS.parse({**VIT, **changes})
+
+
+@torch.no_grad()
+def test_norms_behind_the_sublayers_stay_there() -> None:
+    """With nothing to merge, a reduced stack of ``branch_norm`` is the stack."""
+    transformer = stack(branch_norm=True)
+    x_UTD = torch.randn(2, 8, 16)
+    out, _ = run_reduced(transformer, x_UTD, REDUCTIONS.parse({"use": "merge", "tokens": 8}), 0, 8)
+    torch.testing.assert_close(out, transformer(x_UTD, Layout(causal=False)), **CLOSE)

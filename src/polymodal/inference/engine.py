@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from polymodal.core.batch import Example, Plan
+from polymodal.core.batch import Batch, Example, Plan
 from polymodal.core.errors import SampleError
 from polymodal.core.parts import Part
 from polymodal.core.samples import Sample
 from polymodal.inference.dropped import dropped_words
+from polymodal.inference.encoded import FeatureCache, unit_keys
 from polymodal.inference.prefix import PrefixCache, identity, media_end, same_media, suffix, until_media
 from polymodal.inference.sampling import Sampling, draw, make_generator
 from polymodal.modalities.processor import Processor, collate_units
@@ -27,6 +28,7 @@ from polymodal.modalities.reader import checked_read
 from polymodal.modalities.text.tokenizer import END
 from polymodal.models.backbones.decoder import CausalConfig, Decoder
 from polymodal.models.compose import MultimodalModel, to_device
+from polymodal.models.encoders.base import Features
 from polymodal.models.heads.table import NextTokenConfig
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.dropping import MediaDrop
@@ -56,7 +58,8 @@ class Engine:
     Args:
         model: in evaluation mode, on its device.
         processor: the model's processor.
-        prefix_bytes: size of the prefix cache; 0 switches it off.
+        prefix_bytes: size of the prefix cache; 0 switches it off. A quarter of it is for the features of media whose
+            tokens no prefix holds.
         drop: media tokens that the decoder goes on without, unless a request says otherwise.
     """
 
@@ -71,6 +74,7 @@ class Engine:
         self.processor = processor
         self.drop = drop
         self.prefixes = PrefixCache(prefix_bytes)
+        self.encoded = FeatureCache(prefix_bytes // 4)
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +133,8 @@ class Engine:
     ) -> Iterator[int]:
         """Yield token ids as they are drawn, reusing every prompt prefix read before.
 
-        What a question drops another may need: with ``drop``, no prefix is reused or kept.
+        What a question drops another may need: with ``drop``, no prefix is reused or kept. Where none is, and where
+        the words of a question are read beside the media, what encoders said of the media is kept instead.
 
         Args:
             sample: the conversation to continue.
@@ -147,7 +152,7 @@ class Engine:
         cache, reused = self._prefilled(plan, own, room, reuses)
         record.num_prompt_tokens, record.num_reused_tokens = plan.num_tokens, reused
         record.choices = [*plan.choices, *dropped_words(plan, self._backbone, drop)]
-        states = self._read(suffix(plan, reused), cache, reused, drop)
+        states = self._read(suffix(plan, reused), cache, reused, drop, reuses)
         generator = make_generator(sampling, self.device)
         try:
             for step in range(room):
@@ -298,10 +303,10 @@ class Engine:
         plans = [example.plan for example in examples]
         rooms = [self._room(plan, sampling) for plan in plans]
         longest = max(plan.num_tokens for plan in plans)
-        batch = to_device(self.processor.collate(examples, packed=False), self.device)
+        batch, features = self._encoded(self.processor.collate(examples, packed=False))
         cache = self.model.decoder.new_cache(len(plans), longest + max(rooms))
         drop = self._dropping(drop)
-        states_BTD = self.model.states(batch, cache, drop=drop)
+        states_BTD = self.model.states(batch, cache, features, drop)
         last_B = batch.is_valid.sum(1) - 1
         states = states_BTD[torch.arange(len(plans), device=self.device), last_B]
         results = [
@@ -382,11 +387,32 @@ class Engine:
         held.crop(reused)
         return held, reused
 
-    def _read(self, plan: Plan, cache: KVCache, start: int, drop: MediaDrop | None) -> Tensor:
+    def _read(self, plan: Plan, cache: KVCache, start: int, drop: MediaDrop | None, reuses: bool) -> Tensor:
         """Prefill the rest of a prompt; returns the last state ``[1, D]``."""
         batch = self.processor.collate([self.processor.load(plan)], packed=False)
         batch.positions = batch.positions + start
-        return self.model.states(to_device(batch, self.device), cache, drop=drop)[:, -1]
+        batch, features = self._encoded(batch, every=not reuses)
+        return self.model.states(batch, cache, features, drop)[:, -1]
+
+    def _encoded(self, batch: Batch, *, every: bool = False) -> tuple[Batch, dict[str, Features]]:
+        """A batch on the device, and the features of media that may be asked about again in other words.
+
+        Args:
+            batch: as the processor collates it.
+            every: whether no prefix of the prompts is kept; else only media that are read together with words.
+        """
+        names = [n for n, stream in batch.streams.items() if stream.features is None and self._is_kept(n, every)]
+        keys = {name: unit_keys(name, batch.streams[name]) for name in names}
+        batch = to_device(batch, self.device)
+        return batch, {
+            name: self.encoded.features(partial(self.model.encode, name), batch.streams[name], keys[name])
+            for name in names
+        }
+
+    def _is_kept(self, name: str, every: bool) -> bool:
+        config = self.model.config
+        reads_words = config.instruction_stream is not None and getattr(config.streams[name].connector, "words", False)
+        return config.streams[name].modality != "text" and (reads_words or every)
 
     def _step(self, token_B: Tensor, cache: KVCache) -> Tensor:
         """Read one token per row; returns the new states ``[B, D]``."""

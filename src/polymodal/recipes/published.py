@@ -13,8 +13,10 @@ source of its weights in ``sources``.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,14 @@ from polymodal.core.errors import CheckpointError, ConfigError, MissingExtraErro
 from polymodal.models.backbones.transformers_decoder import TransformersDecoder
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.transformers_encoder import TransformersEncoder
-from polymodal.models.presets import Architecture, find_architecture, find_size
+from polymodal.models.presets import ARCHITECTURES, Architecture, find_architecture, find_size
+from polymodal.models.presets.unread import unread_keys
 from polymodal.models.weights import HubConfigs, HubFolder
 from polymodal.models.weights.assign import assign, materialise, wanted_names, without_memory
 from polymodal.recipes.adapted import adapt, is_adapted
 from polymodal.recipes.schema import PartSource
+
+_LOG = logging.getLogger(__name__)
 
 
 class Published:
@@ -47,6 +52,7 @@ class Published:
         self.folder = HubFolder(find_folder(source))
         self.architecture: Architecture = find_architecture(self.folder.configs)
         self.model: ModelConfig = self.architecture.model(self.folder.configs)
+        _warn_of_unread(str(self.folder.path), self.architecture.name, self.folder.configs)
 
     def part(self, path: str, role: str, modality: str | None = None) -> str:
         """The checkpoint's part that fits a place of a recipe: the same path, or the only one of its role.
@@ -123,7 +129,24 @@ class Published:
         kept = {*self.architecture.float32}
         table = self.architecture.names(self.model, list(self.folder.tensors)) if kept else None
         places = {name: table.find(name) for name in wanted_names(network)} if table else {}
-        return [name for name, place in places.items() if place is not None and kept & {*place[1].split(".")}]
+        # The code that BLIP-2 was published with writes 'Qformer' where the library writes 'qformer'.
+        return [name for name, place in places.items() if place is not None and kept & {*place[1].lower().split(".")}]
+
+
+def _warn_of_unread(folder: str, name: str, configs: HubConfigs) -> None:
+    """Say once of a folder which keys of its config nobody reads."""
+    keys = unread_keys(ARCHITECTURES[name], configs)
+    if keys:
+        _warn_once(
+            f"{folder}/config.json: found {', '.join(keys)}, which {name} does not read, expected keys that it reads "
+            "or that change nothing. Where one changes what is computed, answers differ from the reference library's: "
+            "compare them, or take the model as a part, {use: transformers, from: FOLDER}"
+        )
+
+
+@lru_cache(maxsize=256)
+def _warn_once(message: str) -> None:
+    _LOG.warning(message)
 
 
 def _below(name: str, path: str) -> bool:

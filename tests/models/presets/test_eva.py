@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 import polymodal as pm
 from polymodal.core.errors import ConfigError
+from polymodal.core.limits import Limits
+from polymodal.modalities.image import ImageReader
+from polymodal.models.presets.architecture import Vocabulary
 from polymodal.models.presets.eva import EVA
 from polymodal.models.weights import HubConfigs
 
 from .reference import assert_close, assert_missing_is_named, assert_published_size, assert_same_weights, randomise
+from .torchvision_pil import timm_transform
 from .torchvision_stub import import_stubbed
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
@@ -60,6 +65,8 @@ def values() -> torch.Tensor:
         ("eva02_small_patch14_224", {}),
         ("eva02_base_patch14_224", {"num_classes": 3}),
         ("eva02_base_patch16_clip_224", {"global_pool": "token"}),
+        ("eva02_enormous_patch14_clip_224", {"global_pool": "token"}),
+        ("eva02_enormous_patch14_clip_224", {"num_classes": 3}),
         ("eva02_large_patch14_clip_336", {"model_args": {**SMALL, "img_size": 42}}),
     ],
 )
@@ -97,15 +104,59 @@ def test_what_is_not_built_is_refused() -> None:
     def read(**config: Any) -> None:
         EVA.model(HubConfigs({"architecture": "eva_giant_patch14_224", **config}))
 
-    with pytest.raises(ConfigError, match="unknown EVA model 'eva02_enormous_patch14_clip_224'"):
-        read(architecture="eva02_enormous_patch14_clip_224")
-    with pytest.raises(ConfigError, match="unknown argument 'use_post_norm'"):
-        read(model_args={"use_post_norm": True})
-    with pytest.raises(ConfigError, match="found crop_mode: 'border', expected 'center' or 'squash'"):
-        read(pretrained_cfg={"crop_mode": "border"})
+    with pytest.raises(ConfigError, match="unknown EVA model 'vit_medium_patch16_rope_reg1_gap_256'"):
+        read(architecture="vit_medium_patch16_rope_reg1_gap_256")
+    with pytest.raises(ConfigError, match="unknown argument 'use_fc_norm'"):
+        read(model_args={"use_fc_norm": True})
+    with pytest.raises(ConfigError, match="found crop_mode: 'tile', expected 'center' or 'squash' or 'border'"):
+        read(pretrained_cfg={"crop_mode": "tile"})
+    for mode, share, expected in (("border", 0.9, "1.0"), ("squash", 0.9, "1.0"), ("center", 1.1, "at most 1.0")):
+        with pytest.raises(ConfigError, match=f"found crop_mode {mode} with crop_pct {share}, expected {expected}"):
+            read(pretrained_cfg={"crop_mode": mode, "crop_pct": share})
+    with pytest.raises(ConfigError, match="found interpolation: 'hamming', expected"):
+        read(pretrained_cfg={"interpolation": "hamming"})
+    with pytest.raises(ConfigError, match=r"found input_size \[3, 336, 336\], expected \[3, 224, 224\]"):
+        read(pretrained_cfg={"input_size": [3, 336, 336]})
 
 
 @pytest.mark.parametrize("name", list(EVA.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    # Published as 1.0B (giant), 5.5M, 21.6M, 85.8M, 303M (EVA-02), 86.3M, 304M and 304M (CLIP towers).
+    # Published as 1.0B (giant), 5.5M, 21.6M, 85.8M, 303M (EVA-02), 86.3M, 304M, 304M and 4.4B (CLIP towers).
     assert_published_size(name, lambda config: build({**config, "model_args": {}}))
+
+
+SHAPES = [(28, 28), (37, 50), (61, 40), (29, 28), (28, 31), (100, 31), (9, 14)]
+"""Rows and columns of pictures: squares, what is scaled up, and surplus edges that are odd."""
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize(
+    "prepared",
+    [
+        {},
+        {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        {"crop_pct": 1.0},
+        {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "lanczos"},
+        {"crop_pct": 1.0, "crop_mode": "border"},
+    ],
+)
+def test_pixels_of_a_file_equal_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: dict[str, Any], kind: str
+) -> None:
+    """A folder's own preprocessing, against timm's own function on torchvision's PIL operations."""
+    prepared = {"input_size": [3, 28, 28], **prepared}
+    config = {"architecture": "eva02_base_patch14_224", "model_args": SMALL, "pretrained_cfg": prepared}
+    model = EVA.model(HubConfigs(config))
+    reader, transform = ImageReader(model.streams["image"].reader, Limits()), timm_transform(monkeypatch, prepared)
+    rng = np.random.default_rng(0)
+    for height, width in SHAPES:
+        file = tmp_path / f"{height}x{width}.{kind}"
+        smooth = rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        PIL.Image.fromarray(smooth).resize((width, height), PIL.Image.Resampling.BICUBIC).save(file)
+        found = reader.read(pm.Image(file)).units[0]
+        with PIL.Image.open(file) as image:
+            assert_close(found, transform(image), rel=1e-3)
+    again = EVA.to_hub(model, Vocabulary(0))["config.json"]
+    assert EVA.model(HubConfigs(again)).streams["image"] == model.streams["image"]
+    old = {"architecture": config["architecture"], "model_args": SMALL, **prepared}
+    assert EVA.model(HubConfigs(old)).streams["image"] == model.streams["image"]

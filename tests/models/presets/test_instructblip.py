@@ -11,6 +11,7 @@ import torch
 import polymodal as pm
 from polymodal.core.errors import ConfigError
 from polymodal.core.samples import conversation
+from polymodal.inference.encoded import FeatureCache
 from polymodal.inference.engine import Generation
 from polymodal.inference.sampling import Sampling
 from polymodal.models.compose import ModelConfig, MultimodalModel, to_device
@@ -124,6 +125,26 @@ def test_another_question_about_a_picture_is_read_anew(made: tuple[Path, Any, st
     assert record.num_reused_tokens == 0
     tokens = [model.logits([pm.Image(PICTURES[0]), text])[0] for text in QUESTIONS[:2]]
     assert abs(tokens[0] - tokens[1]).max() > 1e-3
+
+
+def test_a_picture_that_is_asked_about_again_is_encoded_once(made: tuple[Path, Any, str]) -> None:
+    """Its features do not depend on what is asked, unlike its tokens."""
+    folder, _, _ = made
+    model, fresh, seen = pm.load(folder), pm.load(folder), []
+    model.network.streams["image"].encoder.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    asked = [conversation(pm.Image(PICTURES[0]), text, id=text) for text in QUESTIONS]
+    answers = [list(model.engine.stream(each, Sampling(max_new_tokens=8))) for each in asked]
+    assert seen == [1], "the later questions encode nothing"
+    assert answers == [list(fresh.engine.stream(each, Sampling(max_new_tokens=8))) for each in reversed(asked)][::-1]
+    other = conversation(pm.Image(PICTURES[1]), pm.Image(PICTURES[0]), QUESTIONS[0], id="both")
+    list(model.engine.stream(other, Sampling(max_new_tokens=8)))
+    assert seen == [1, 1], "of two pictures the new one is encoded"
+
+    seen.clear()
+    model.engine.encoded = FeatureCache(0)
+    together = model.engine.generate([*asked, other], Sampling(max_new_tokens=8))
+    assert seen == [2], "each picture of a batch once"
+    assert [each.ids for each in together[:3]] == answers
 
 
 def test_export_reloads_there_bit_for_bit(made: tuple[Path, Any, str], tmp_path: Path) -> None:

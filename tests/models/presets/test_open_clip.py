@@ -13,12 +13,16 @@ import torch
 
 import polymodal as pm
 from polymodal.core.errors import CheckpointError, ConfigError
+from polymodal.core.limits import Limits
+from polymodal.modalities.image import ImageReader
 from polymodal.models.presets import eva
+from polymodal.models.presets.architecture import Vocabulary
 from polymodal.models.presets.open_clip import OPEN_CLIP
 from polymodal.models.weights import HubConfigs
 
 from .clip_tokenizer import clip_tokenizer
 from .reference import assert_close, assert_published_size, assert_same_weights, randomise
+from .torchvision_pil import open_clip_transform
 from .torchvision_stub import import_stubbed
 
 transformers = pytest.importorskip("transformers")
@@ -100,7 +104,9 @@ def test_embeddings_equal_the_reference(tmp_path: Path, config: dict[str, Any]) 
     np.testing.assert_array_equal(pm.load(tmp_path / "ours").embed(TEXTS), model.embed(TEXTS))
 
 
-@pytest.mark.parametrize("name", ["eva_giant_patch14_224", "eva02_base_patch16_clip_224"])
+@pytest.mark.parametrize(
+    "name", ["eva_giant_patch14_224", "eva02_base_patch16_clip_224", "eva02_enormous_patch14_clip_224"]
+)
 def test_an_eva_tower_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from safetensors.torch import load_file
 
@@ -153,5 +159,51 @@ def test_what_is_not_built_is_refused(where: str, more: dict[str, Any], message:
 
 @pytest.mark.parametrize("name", list(OPEN_CLIP.sizes))
 def test_published_sizes_have_their_number_of_parameters(name: str) -> None:
-    # Published as 151M, 150M, 428M, 986M, 1.37B and 2.54B.
+    # Published as 151M, 150M, 428M, 986M, 1.37B and 2.54B; EVA-02 E as 4.70B and 5.04B.
     assert_published_size(name, lambda config: build(dict(config["model_cfg"])))
+
+
+SHAPES = [(24, 24), (37, 50), (61, 40), (25, 24), (24, 27), (100, 31), (9, 14)]
+"""Rows and columns of pictures: squares, what is scaled up, and surplus edges that are odd."""
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        {},
+        {"interpolation": "bilinear", "size": 99},
+        {"resize_mode": "squash", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]},
+        {"resize_mode": "longest", "fill_color": 0},
+        {"resize_mode": "longest", "fill_color": 130, "interpolation": "bilinear"},
+    ],
+)
+def test_pixels_of_a_file_equal_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preprocess: dict[str, Any], kind: str
+) -> None:
+    """A folder's own preprocessing, against the package's own function on torchvision's PIL operations."""
+    model = {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {"vocab_size": 99, **TEXT}}
+    configs = HubConfigs({"model_type": "open_clip", "model_cfg": model, "preprocess_cfg": preprocess})
+    config = OPEN_CLIP.model(configs).streams["image"].reader
+    transform = open_clip_transform(monkeypatch, preprocess, VISION["image_size"])
+    reader = ImageReader(config, Limits())
+    for height, width in SHAPES:
+        file = tmp_path / f"{height}x{width}.{kind}"
+        smooth = _RNG.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        PIL.Image.fromarray(smooth).resize((width, height), PIL.Image.Resampling.BICUBIC).save(file)
+        found = reader.read(pm.Image(file)).units[0]
+        with PIL.Image.open(file) as image:
+            assert_close(found, transform(image), rel=1e-3)
+
+
+def test_the_preprocessing_is_given_back() -> None:
+    model = {"embed_dim": 8, "vision_cfg": VISION, "text_cfg": {"vocab_size": 99, **TEXT}}
+    for mode in ("shortest", "longest", "squash"):
+        preprocess = {"resize_mode": mode, "fill_color": 7 if mode == "longest" else 0, "interpolation": "bilinear"}
+        found = OPEN_CLIP.model(HubConfigs({"model_cfg": model, "preprocess_cfg": preprocess}))
+        config = OPEN_CLIP.to_hub(found, Vocabulary(99))["open_clip_config.json"]
+        assert preprocess.items() <= config["preprocess_cfg"].items()
+        assert OPEN_CLIP.model(HubConfigs(config)).streams["image"] == found.streams["image"]
+    for key, value in {"resize_mode": "tile", "interpolation": "lanczos", "mode": "L"}.items():
+        with pytest.raises(ConfigError, match=f"found {key}: '{value}', expected"):
+            OPEN_CLIP.model(HubConfigs({"model_cfg": model, "preprocess_cfg": {key: value}}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 
@@ -134,3 +135,46 @@ def test_weights_that_are_whole_numbers_are_refused():
     network = nn.Linear(2, 3)
     with pytest.raises(CheckpointError, match=r"box: weight: found torch.int8, expected a floating-point format"):
         assign(network, {"weight": torch.zeros(3, 2, dtype=torch.int8)}, "box")
+
+
+def test_a_file_of_research_code_is_read_by_the_loader_that_runs_no_code(folder):
+    beside = {"optimizer": {"state": {}}, "epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+    torch.save({"model": {"a": torch.ones(2)}, **beside}, folder / "best.pth")
+    found = HubFolder(folder)
+    assert found.has_weights and torch.equal(found.tensors["a"], torch.ones(2))
+    torch.save({"a": torch.zeros(2)}, folder / "best.pth", _use_new_zipfile_serialization=False)
+    assert torch.equal(HubFolder(folder).tensors["a"], torch.zeros(2)), "files of PyTorch before 1.6"
+    torch.save({"a": torch.zeros(2)}, folder / "other.pth")
+    assert not HubFolder(folder).has_weights, "which of two is meant must be said"
+    (folder / "config.json").write_text('{"model_type": "toy", "weights": "other.pth"}')
+    assert list(HubFolder(folder).tensors) == ["a"]
+
+
+def test_files_and_folders_make_a_model_together(folder):
+    torch.save({"model": {"a": torch.ones(2), "b": torch.ones(2)}}, folder / "one.pth")
+    torch.save({"b": torch.zeros(2)}, folder / "two.pth")
+    inner = folder / "language"
+    inner.mkdir()
+    (inner / "config.json").write_text('{"model_type": "toy"}')
+    save_file({"a": torch.full((2,), 3.0)}, inner / "model.safetensors")
+    weights = {"": ["one.pth", "two.pth"], "language.": "language"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", "weights": weights}))
+    tensors = HubFolder(folder).tensors
+    assert {name: tensor[0].item() for name, tensor in tensors.items()} == {"a": 1.0, "b": 0.0, "language.a": 3.0}
+    assert len(tensors) == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("../other.pth", r"weights names '\.\./other\.pth', expected plain names"),
+        ("/etc/passwd", "expected plain names of files or folders"),
+        ("..", "expected plain names of files or folders"),
+        ({"a.": [3]}, "weights names 3, expected plain names"),
+        ("gone.pth", r"weights names gone\.pth, which is missing"),
+    ],
+)
+def test_weights_stay_in_their_folder(folder, weights, message):
+    (folder / "config.json").write_text(json.dumps({"model_type": "toy", "weights": weights}))
+    with pytest.raises(CheckpointError, match=message):
+        HubFolder(folder).tensors  # noqa: B018

@@ -15,7 +15,16 @@ from polymodal.core.parts import Image, Part
 from polymodal.modalities.decoding import expect_part
 from polymodal.modalities.image.decode import decode_image
 from polymodal.modalities.image.header import ImageHeader, probe_image
-from polymodal.modalities.image.resize import Fill, Fit, Resample, fit_to_canvas
+from polymodal.modalities.image.resize import (
+    Fill,
+    Fit,
+    Resample,
+    Rounding,
+    filling,
+    fit_to_canvas,
+    fit_to_nearest,
+    normalised,
+)
 from polymodal.modalities.image.tiling import Grid, closest_grid, fullest_grid
 from polymodal.modalities.reader import Reader, ReaderConfig
 
@@ -46,7 +55,10 @@ class ImageReaderConfig(ReaderConfig):
             224 / 256); None: nothing is.
         shortest_edge_px: with ``resize: crop``, the shorter side of the scaled picture that the canvas is cut from (256
             for a canvas of 224); None: the least that covers the canvas.
-        fill: what ``pad`` and ``pad_square`` fill the rest with.
+        rounding: where half a pixel goes with ``crop`` and ``pad``: ``down`` (the processors of ``transformers``), or
+            to the ``nearest`` even one (``torchvision``, and with it ``open_clip``, ``timm``). An export to another
+            library's layout takes the rounding of that library.
+        fill: what ``pad`` and ``pad_square`` fill the rest with; a colour as three bytes.
         max_tiles: upper bound of ``tiles``, the thumbnail not counted.
         keep_tiles: with ``tiles``, the most tiles of the grid that are kept: those whose pixels vary most, in their
             order, so that plain background goes first; the thumbnail, not counted, stays. None: all.
@@ -76,6 +88,7 @@ class ImageReaderConfig(ReaderConfig):
     resample: Resample = "bicubic"
     centre_share: float | None = Field(None, gt=0, le=1)
     shortest_edge_px: int | None = Field(None, ge=1, le=8192)
+    rounding: Rounding = "down"
     fill: Fill = "mean"
     max_tiles: int = Field(6, ge=1, le=256)
     keep_tiles: int | None = Field(None, ge=1, le=256)
@@ -123,6 +136,16 @@ class ImageReaderConfig(ReaderConfig):
         out: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Pixels as model input on a canvas of these rows and columns, float32 ``[3, h, w]``; in ``out``, if given."""
+        if self.rounding == "nearest" and (fit == "crop" or fit == "pad"):
+            placed = fit_to_nearest(
+                pixels_HW3,
+                canvas_px,
+                fit,
+                filling(self.fill, self.mean, self.rescale),
+                resample=self.resample,
+                shortest_edge_px=self.shortest_edge_px,
+            )
+            return normalised(placed, self.mean, self.std, self.rescale, out)
         return fit_to_canvas(
             pixels_HW3,
             canvas_px,

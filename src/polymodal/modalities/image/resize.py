@@ -6,19 +6,26 @@ Shapes: ``H W`` picture, ``h w`` canvas.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
+from pydantic import Field
 
 Fit = Literal["stretch", "crop", "pad", "pad_square"]
 """How a picture meets a canvas of another shape: ``stretch`` changes its proportions, ``crop`` keeps the middle that
 fills the canvas, ``pad`` scales all of it into the canvas and fills the rest, ``pad_square`` fills the picture up to a
 square first and scales that (LLaVA-1.5), so that the borders blend."""
 
-Fill = Literal["mean", "black"]
-"""What padding is filled with: the mean colour (zeros after normalisation), or black."""
+Byte = Annotated[int, Field(ge=0, le=255)]
+Fill = Literal["mean", "black"] | tuple[Byte, Byte, Byte]
+"""What padding is filled with: the mean colour (zeros after normalisation), black, or a colour of bytes."""
+
+Rounding = Literal["down", "nearest"]
+"""Where the middle lies if half a pixel is over, and how large a scaled picture is that is no whole number of pixels.
+``down``: the middle begins at the pixel before, and what is padded is rounded up (the processors of ``transformers``).
+``nearest``: both to the nearest whole number, halves to the even one (``torchvision``, ``open_clip``, ``timm``)."""
 
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 """How pixels are interpolated; all but ``nearest`` are antialiased."""
@@ -75,17 +82,62 @@ def fit_to_canvas(
         resized = _resize(pixels_HW3, (inner_h, inner_w), None, resample)
         canvas = np.empty((3, height, width), np.float32) if out is None else out
         canvas[:] = 0
-        if fill == "black":
-            canvas -= (np.asarray(mean) / np.asarray(std)).astype(np.float32)[:, None, None]
+        if fill != "mean":
+            colour = np.asarray(filling(fill, mean, rescale)) * rescale
+            canvas += ((colour - np.asarray(mean)) / np.asarray(std)).astype(np.float32)[:, None, None]
         top, left = (height - inner_h) // 2, (width - inner_w) // 2
         normalised(resized, mean, std, rescale, canvas[:, top : top + inner_h, left : left + inner_w])
         return canvas
     if fit == "crop":
         return normalised(_cropped(pixels_HW3, canvas_px, shortest_edge_px, resample), mean, std, rescale, out)
     if fit == "pad_square":
-        colour = (0, 0, 0) if fill == "black" else tuple(int(value / rescale) for value in mean)
-        pixels_HW3 = _squared(pixels_HW3, colour)
+        pixels_HW3 = _squared(pixels_HW3, filling(fill, mean, rescale))
     return normalised(_resize(pixels_HW3, canvas_px, None, resample), mean, std, rescale, out)
+
+
+def fit_to_nearest(
+    pixels_HW3: NDArray[np.uint8],
+    canvas_px: tuple[int, int],
+    fit: Literal["crop", "pad"],
+    colour: tuple[int, ...],
+    *,
+    resample: Resample = "bicubic",
+    shortest_edge_px: int | None = None,
+) -> NDArray[np.uint8]:
+    """Resize and place as ``torchvision`` does, whose halves go to the nearest even pixel: see :data:`Rounding`.
+
+    Worked example: of 7 columns, the middle 4 begin at column 2 (1.5 rounded); rounded down, they begin at column 1.
+
+    Source: ``Resize`` and ``CenterCrop`` of torchvision; for ``pad``, ``ResizeKeepRatio``, ``CenterCropOrPad`` of timm.
+
+    Args:
+        pixels_HW3: uint8 RGB.
+        canvas_px: rows and columns of the result.
+        fit: ``crop`` or ``pad``.
+        colour: of the padding, bytes.
+        resample: how pixels are interpolated.
+        shortest_edge_px: see :func:`fit_to_canvas`.
+
+    Returns:
+        uint8 ``[h, w, 3]``.
+    """
+    if fit == "crop":
+        return _cropped(pixels_HW3, canvas_px, shortest_edge_px, resample, "nearest")
+    height, width = pixels_HW3.shape[:2]
+    ratio = max(height / canvas_px[0], width / canvas_px[1])
+    inner = max(1, round(height / ratio)), max(1, round(width / ratio))
+    canvas = np.empty((*canvas_px, 3), np.uint8)
+    canvas[:] = colour
+    top, left = (canvas_px[0] - inner[0]) // 2, (canvas_px[1] - inner[1]) // 2
+    canvas[top : top + inner[0], left : left + inner[1]] = _resize(pixels_HW3, inner, None, resample)
+    return canvas
+
+
+def filling(fill: Fill, mean: tuple[float, float, float], rescale: float) -> tuple[int, ...]:
+    """The bytes of a colour that padding is filled with."""
+    if isinstance(fill, tuple):
+        return fill
+    return (0, 0, 0) if fill == "black" else tuple(int(value / rescale) for value in mean)
 
 
 def normalised(
@@ -128,11 +180,18 @@ def _squared(pixels_HW3: NDArray[np.uint8], colour: tuple[int, ...]) -> NDArray[
 
 
 def _cropped(
-    pixels_HW3: NDArray[np.uint8], canvas_px: tuple[int, int], shortest_edge_px: int | None, resample: Resample
+    pixels_HW3: NDArray[np.uint8],
+    canvas_px: tuple[int, int],
+    shortest_edge_px: int | None,
+    resample: Resample,
+    rounding: Rounding = "down",
 ) -> NDArray[np.uint8]:
     """Scaled until the canvas is covered, then the middle."""
     cover = _cover(pixels_HW3.shape[:2], canvas_px, shortest_edge_px)
-    top, left = (cover[0] - canvas_px[0]) // 2, (cover[1] - canvas_px[1]) // 2
+    top, left = (
+        surplus // 2 if rounding == "down" else round(surplus / 2)
+        for surplus in (cover[0] - canvas_px[0], cover[1] - canvas_px[1])
+    )
     if cover[0] * cover[1] <= _MAX_SURPLUS * canvas_px[0] * canvas_px[1]:
         scaled = _resize(pixels_HW3, cover, None, resample)
         return scaled[top : top + canvas_px[0], left : left + canvas_px[1]]

@@ -39,6 +39,7 @@ _CLASS_OF = {
     "vilt": "Bert",
     "blip": "Bert",
     "flava": "Bert",
+    "albef": "Bert",
 }
 """The tokenizer class of a ``model_type``, for folders that do not name it."""
 _SPLIT_QWEN2 = (

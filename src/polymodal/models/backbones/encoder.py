@@ -56,7 +56,8 @@ class EncoderBackboneConfig(Config):
                 "transformer.cross_width: follows from the streams that enter by cross_attention; leave it out"
             )
         plain = {"rope_theta": None, "gated": False, "kv_heads": None, "head_dim": None, "qk_norm": False,
-                 "pre_norm": True, "layer_scale": None, "relative_buckets": None, "attention_scale": None}  # fmt: skip
+                 "pre_norm": True, "branch_norm": False, "layer_scale": None, "relative_buckets": None,
+                 "attention_scale": None}  # fmt: skip
         wrong = [name for name, value in plain.items() if getattr(self.transformer, name) != value]
         if self.multiway is not None and wrong:
             raise ValueError(f"a multiway backbone has plain pre-norm blocks; leave transformer.{wrong[0]} out")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +56,8 @@ class VitFields(TransformerEncoderConfig, ABC):
     """Whether keys have a bias as queries and values do; EVA's have none."""
     sub_norm: Literal["none", "mlp", "both"] = "none"
     """Norms before the last projection of the MLP, or of MLP and attention (EVA-02)."""
+    branch_norm: bool = False
+    """Whether the norms stand behind each sublayer, before the residual sum (EVA-02 enormous)."""
     layer_scale: float | None = Field(default=None, gt=0)
     """First value of a gain per channel of each sublayer (DINOv2); None: no gain."""
     norm_features: bool = True
@@ -77,8 +79,13 @@ class VitFields(TransformerEncoderConfig, ABC):
     def stack(self, depth: int | None = None, final_norm: bool = True) -> TransformerConfig:
         """The transformer's config."""
         config = super().stack(depth, final_norm)
-        more = {"gated": self.gated, "key_bias": None if self.key_bias else False, "layer_scale": self.layer_scale}
-        return config.model_copy(update={**more, "sub_norm": self.sub_norm})
+        more: dict[str, Any] = {
+            "gated": self.gated,
+            "key_bias": None if self.key_bias else False,
+            "layer_scale": self.layer_scale,
+        }
+        more |= {"sub_norm": self.sub_norm, "branch_norm": self.branch_norm}
+        return config.model_copy(update=more)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

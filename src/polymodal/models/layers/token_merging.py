@@ -225,14 +225,14 @@ def run_reduced(
 def _block(
     block: Block, x_UTD: Tensor, sizes_UT: Tensor, config: ReductionConfig, body: tuple[int, int, int]
 ) -> tuple[Tensor, Tensor]:
-    normed_UTD = block.attention_norm(x_UTD)
+    normed_UTD = block.enter(x_UTD, block.attention_norm)
     # Proportional attention: the logarithm of a size adds to every score of that token as a key.
     mask = sizes_UT.log()[:, None, None] if isinstance(config, MergeTokens) else None
     step = Step(Layout(causal=False), None, mask, False)
-    x_UTD = block._add(x_UTD, block.attention(normed_UTD, step, 0), block.attention_scale, block.attention_norm)
+    x_UTD = block.add(x_UTD, block.attention(normed_UTD, step, 0), block.attention_scale, block.attention_norm)
     if body[2]:
         x_UTD, sizes_UT = config.lessen(x_UTD, sizes_UT, Look(block, normed_UTD, sizes_UT, *body))
-    return block._add(x_UTD, block.mlp(block.mlp_norm(x_UTD)), block.mlp_scale, block.mlp_norm), sizes_UT
+    return block.add(x_UTD, block.mlp(block.enter(x_UTD, block.mlp_norm)), block.mlp_scale, block.mlp_norm), sizes_UT
 
 
 def _stay(x_UTD: Tensor, sizes_UT: Tensor, stays_UT: Tensor) -> tuple[Tensor, Tensor]:

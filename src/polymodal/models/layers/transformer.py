@@ -70,6 +70,9 @@ class TransformerConfig(Config):
     """Norms before the last projection of the MLP, or of MLP and self-attention (Magneto, arXiv 2210.06423; EVA-02)."""
     pre_norm: bool = True
     """Whether norms stand before each sublayer (GPT-2 and later) or after the residual sum (BERT)."""
+    branch_norm: bool = False
+    """Whether norms stand behind each sublayer instead, before the residual sum (Swin V2, arXiv 2111.09883, section
+    3.2; EVA-02 enormous)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Of attention weights and of each sublayer's output."""
     layer_scale: float | None = Field(default=None, gt=0)
@@ -102,6 +105,8 @@ class TransformerConfig(Config):
         if self.window_from and self.window is None:
             raise ValueError(f"found window_from {self.window_from} without a window, expected window beside it")
         self._check_scaling()
+        if self.branch_norm and not self.pre_norm:
+            raise ValueError("found branch_norm with pre_norm: false, expected one place for the norms; leave one out")
         if self.rope_theta is not None and self.size_of_head % 2:
             raise ValueError(f"rotary codes need an even head width, found {self.size_of_head}")
         return self
@@ -188,7 +193,7 @@ class Block(nn.Module):
 
     def __init__(self, config: TransformerConfig, has_cross: bool) -> None:
         super().__init__()
-        self.pre_norm = config.pre_norm
+        self.pre_norm, self.branch_norm = config.pre_norm, config.branch_norm
         self.gated_cross = GatedCross(config) if has_cross and config.cross_gate != "none" else None
         has_cross = has_cross and config.cross_gate == "none"
         self.attention_norm = _norm(config)
@@ -207,17 +212,21 @@ class Block(nn.Module):
         """One block; ``layer`` is its place in the cache."""
         if self.gated_cross is not None:
             x_BTD = self.gated_cross(x_BTD, step, layer, memory)
-        branch = self.attention(self.attention_norm(x_BTD) if self.pre_norm else x_BTD, step, layer)
-        x_BTD = self._add(x_BTD, branch, self.attention_scale, self.attention_norm)
+        branch = self.attention(self.enter(x_BTD, self.attention_norm), step, layer)
+        x_BTD = self.add(x_BTD, branch, self.attention_scale, self.attention_norm)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
-            inner = self.cross_norm(x_BTD) if self.pre_norm else x_BTD
+            inner = self.enter(x_BTD, self.cross_norm)
             branch = self.cross_attention.cross(inner, memory, step.layout, layer, step.cache)
-            x_BTD = self._add(x_BTD, branch, self.cross_scale, self.cross_norm)
-        branch = self.mlp(self.mlp_norm(x_BTD) if self.pre_norm else x_BTD)
-        return self._add(x_BTD, branch, self.mlp_scale, self.mlp_norm)
+            x_BTD = self.add(x_BTD, branch, self.cross_scale, self.cross_norm)
+        return self.add(x_BTD, self.mlp(self.enter(x_BTD, self.mlp_norm)), self.mlp_scale, self.mlp_norm)
 
-    def _add(self, x_BTD: Tensor, branch_BTD: Tensor, scale_D: Tensor | None, norm: nn.Module) -> Tensor:
-        branch_BTD = self.dropout(branch_BTD)
+    def enter(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """What a sublayer takes: normalised where norms stand before it."""
+        return norm(x_BTD) if self.pre_norm and not self.branch_norm else x_BTD
+
+    def add(self, x_BTD: Tensor, branch_BTD: Tensor, scale_D: Tensor | None, norm: nn.Module) -> Tensor:
+        """The residual sum of the states and what a sublayer gave, its norm, gain and dropout where they belong."""
+        branch_BTD = self.dropout(norm(branch_BTD) if self.branch_norm else branch_BTD)
         x_BTD = x_BTD + (branch_BTD if scale_D is None else branch_BTD * scale_D)
         return x_BTD if self.pre_norm else norm(x_BTD)
 

@@ -1,7 +1,9 @@
 """ALBEF (``model_type: albef``): an image encoder, six layers of BERT for the text, six more that look at the image.
 
 No library publishes configs for it: this is the format that we read and write, with the tensor names of the published
-code; its momentum twin and queues are a training's state and not part of the model.
+code; its momentum twin and queues are a training's state and not part of the model. ``task: retrieval`` is the class
+that the code fine-tunes for retrieval (``flickr30k.pth``, ``mscoco.pth``, images of 384 pixels): the text encoder
+stands one name higher, and nothing predicts masked words.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from polymodal.models.backbones.encoder import EncoderBackboneConfig
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.encoders.vit import VitConfig
-from polymodal.models.presets.architecture import Architecture, Size, Vocabulary
+from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
 from polymodal.models.presets.bert_blocks import POST_NORM_PARTS
 from polymodal.models.presets.blocks import block_rules
 from polymodal.models.presets.clip import text_reader
@@ -36,7 +38,10 @@ _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 512,
     "max_tokens": 30,
     "embed_dim": 256,
+    "task": "pretraining",
 }
+_HEADS = {"pretraining": ("space", "match", "words"), "retrieval": ("space", "match")}
+"""What each of the published classes computes."""
 _VISION_PARTS = {
     "attention_norm": "norm1",
     "attention.out_proj": "attn.proj",
@@ -50,6 +55,7 @@ _TEXT_EPS, _VISION_EPS = 1e-12, 1e-6
 def to_model(configs: HubConfigs) -> dict[str, Any]:
     """Image and text in one space; the text's upper layers look at the image; matching and masked words."""
     given = {**_DEFAULTS, **configs.config}
+    require(given, "albef", task=tuple(_HEADS))
     image = {
         "use": "vit",
         "image_size": given["image_size"],
@@ -84,7 +90,7 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
     }
     pixels = image_reader(configs.preprocessor, given["image_size"], "BlipImageProcessor")
     reader = text_reader(configs, given["max_tokens"])
-    model = {
+    model: dict[str, Any] = {
         "streams": {
             "image": {"modality": "image", "encoder": image, "reader": pixels, "enters": "cross_attention"},
             "text": {
@@ -105,13 +111,16 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
             "words": {"use": "masked_token"},
         },
     }  # fmt: skip
+    heads = {name: head for name, head in model["heads"].items() if name in _HEADS[given["task"]]}
+    model = {**model, "heads": heads}
     return model if "tokenizer" in reader else {**model, "tokenizer": {"use": "bpe", "rows": given["vocab_size"]}}
 
 
 def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
     """Names of the published code."""
     image, text = _parts(model)
-    trunk, words, bert = "streams.image.encoder.trunk.", "streams.text.encoder.", "text_encoder.bert."
+    trunk, words = "streams.image.encoder.trunk.", "streams.text.encoder."
+    bert = "text_encoder.bert." if "words" in model.heads else "text_encoder."
     width, layers = image.width, bert + "encoder.layer"
     fused = [
         Rule(
@@ -149,7 +158,8 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
             Rule("heads.words.proj.{p}", "text_encoder.cls.predictions.decoder.{p}"),
         ],
         ignored=(
-            *("{q}_m.{rest}", "image_queue", "text_queue", "queue_ptr", "text_encoder.cls.predictions.bias"),
+            *("{q}_m.{rest}", "image_queue", "text_queue", "idx_queue", "queue_ptr"),
+            "text_encoder.cls.predictions.bias",
             bert + "embeddings.position_ids",
         ),
     )
@@ -173,6 +183,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "max_position_embeddings": text.max_tokens,
         "max_tokens": getattr(model.streams["text"].reader, "max_tokens", _DEFAULTS["max_tokens"]),
         "embed_dim": model.heads["space"].dim,
+        "task": next(task for task, heads in _HEADS.items() if set(heads) == set(model.heads)),
     }
     processor = image_preprocessor(model.streams["image"].reader, "BlipImageProcessor")
     return {"config.json": config, "preprocessor_config.json": processor}
@@ -181,11 +192,12 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
 def _parts(model: ModelConfig) -> tuple[VitConfig, TextTransformerConfig]:
     encoders: Mapping[str, Any] = {name: stream.encoder for name, stream in model.streams.items()}
     image, text = encoders.get("image"), encoders.get("text")
-    fits = isinstance(model.backbone, EncoderBackboneConfig) and set(model.heads) == {"space", "match", "words"}
+    fits = isinstance(model.backbone, EncoderBackboneConfig) and set(model.heads) in map(set, _HEADS.values())
     if not (fits and len(encoders) == 2 and isinstance(image, VitConfig) and isinstance(text, TextTransformerConfig)):
         raise ConfigError(
             "albef: found a model of other parts, expected an image stream with the encoder 'vit' that the backbone "
-            "'encoder' looks at, a text stream with 'text_transformer', and the heads 'space', 'match' and 'words'"
+            "'encoder' looks at, a text stream with 'text_transformer', and the heads 'space', 'match' "
+            "and, but for retrieval, 'words'"
         )
     return image, text
 

@@ -38,6 +38,11 @@ _DEFAULTS: dict[str, Any] = {
 }
 _UNREAD = 2
 """Position rows that the published code never reads."""
+_TASK_HEADS = (
+    *("{q}_head.weight", "{q}_head.bias", "logit_scale"),
+    *("head.{rest}", "fc_norm.{p}", "pooler.{rest}"),
+)
+"""What fine-tuned files hold beside the encoder; as ``task: encoder`` they are read for that alone."""
 _EXPERTS = {"vision": "A", "language": "B"}
 
 
@@ -136,7 +141,8 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
         ]
         rules.append(Rule(f"{stack}final_norm.experts.{expert}.{{p}}", f"{hub}layer_norm.{letter}.{{p}}"))
     # What the published code has no name for (shared projections, joint experts) keeps ours.
-    return NameTable([*rules, Rule(stack + "{rest}", "beit3.multiway.{rest}")])
+    rules.append(Rule(stack + "{rest}", "beit3.multiway.{rest}"))
+    return NameTable(rules, unused=() if model.heads else _TASK_HEADS)
 
 
 def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from polymodal.core.config import unknown
 from polymodal.core.errors import ConfigError
-from polymodal.modalities.image import ImageReaderConfig
+from polymodal.modalities.image import ImageReaderConfig, Resample
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.vit import VitConfig
 from polymodal.models.heads.table import ClassConfig
 from polymodal.models.presets.architecture import Architecture, Size, Vocabulary, require
-from polymodal.models.presets.image_reader import CLIP_MEAN, CLIP_STD
+from polymodal.models.presets.image_reader import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from polymodal.models.presets.towers import grid_fields
 from polymodal.models.weights import HubConfigs, NameTable, Reshape, Rule, Slice
 
@@ -70,6 +70,15 @@ _SMALL = {**_EVA02, "patch_size": 14, "embed_dim": 384, "depth": 12, "num_heads"
 _BASE = {**_UNFUSED, "patch_size": 14, "embed_dim": 768, "depth": 12, "num_heads": 12}
 _LARGE = {**_UNFUSED, "patch_size": 14, "embed_dim": 1024, "depth": 24, "num_heads": 16}
 _CLIP = {"scale_attn_inner": True, "global_pool": "token"}
+# In spite of its name EVA-01's block, but for the place of the norms.
+_ENORMOUS: dict[str, Any] = {
+    "patch_size": 14,
+    "embed_dim": 1792,
+    "depth": 64,
+    "num_heads": 16,
+    "mlp_ratio": 15360 / 1792,
+}
+_ENORMOUS |= {"use_post_norm": True, "global_pool": "token"}
 TIMM: dict[str, dict[str, Any]] = {
     "eva_giant_patch14_224": _GIANT,
     "eva_giant_patch14_336": {**_GIANT, "img_size": 336},
@@ -86,8 +95,9 @@ TIMM: dict[str, dict[str, Any]] = {
     "eva02_base_patch16_clip_224": {**_BASE, **_CLIP, "patch_size": 16},
     "eva02_large_patch14_clip_224": {**_LARGE, **_CLIP},
     "eva02_large_patch14_clip_336": {**_LARGE, **_CLIP, "img_size": 336},
+    "eva02_enormous_patch14_clip_224": _ENORMOUS,
 }
-"""Arguments of timm's models by name. EVA-02 enormous has its norms after the sublayers and is not among them."""
+"""Arguments of timm's models by name."""
 _DEFAULTS: dict[str, Any] = {
     "img_size": 224,
     "mlp_ratio": 4.0,
@@ -97,6 +107,7 @@ _DEFAULTS: dict[str, Any] = {
     "scale_attn_inner": False,
     "use_rot_pos_emb": False,
     "ref_feat_shape": None,
+    "use_post_norm": False,
     "global_pool": "avg",
 }
 _REQUIRED = ("patch_size", "embed_dim", "depth", "num_heads")
@@ -132,6 +143,7 @@ def encoder(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
         "norm_eps": 1e-6,
         "gated": is_gated,
         "sub_norm": sub_norm,
+        "branch_norm": given["use_post_norm"],
         "key_bias": False,
         "rope_grid": given["ref_feat_shape"][0] if given["use_rot_pos_emb"] else None,
         "pool": "cls" if by_token else "cls_mean",
@@ -147,28 +159,57 @@ def to_model(configs: HubConfigs) -> dict[str, Any]:
         "global_pool", config.get("global_pool", TIMM.get(config["architecture"], {}).get("global_pool", "avg"))
     )
     data = encoder(config["architecture"], args)
-    stream = {"modality": "image", "encoder": data, "reader": _reader(config.get("pretrained_cfg", {}), data)}
+    # Older folders hold the preprocessing beside the architecture's name.
+    stream = {"modality": "image", "encoder": data, "reader": _reader(config.get("pretrained_cfg", config), data)}
     classes = config.get("label_names") or [f"LABEL_{index}" for index in range(config.get("num_classes", 0))]
     heads = {"class": {"use": "class", "stream": "image", "classes": tuple(classes)}} if classes else {}
     return {"streams": {"image": stream}, "backbone": "none", "heads": heads}
 
 
+_PREPARED: dict[str, Any] = {
+    "crop_pct": 0.875,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+    "mean": IMAGENET_MEAN,
+    "std": IMAGENET_STD,
+}
+"""What timm does where a checkpoint's preprocessing is silent."""
+_MODES = {"crop": "center", "stretch": "squash", "pad": "border"}
+"""How a picture meets the canvas -> timm's name of it."""
+
+
+def border_colour(mean: Sequence[float]) -> tuple[int, ...]:
+    """The mean colour as timm pads with it, bytes."""
+    return tuple(round(255 * value) for value in mean)
+
+
 def _reader(config: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Timm's evaluation transform: the shorter edge (or both) to ``size / crop_pct``, and the middle of it."""
-    size = data["image_size"]
-    edge = int(size / config.get("crop_pct", 1.0))
-    squashes = config.get("crop_mode", "center") == "squash"
-    require(config, "timm", crop_mode=("center", "squash"))
-    if squashes and edge != size:
-        raise ConfigError(f"timm: found crop_mode squash with crop_pct {config['crop_pct']}, expected 1.0")
+    """Timm's evaluation transform.
+
+    ``center``: the shorter edge to ``size / crop_pct``, and the middle of it; ``squash``: both edges to the size;
+    ``border``: the longer edge to the size, the rest in the mean colour.
+
+    Source: ``transforms_imagenet_eval`` and ``resolve_data_config`` of timm.
+    """
+    given = {**_PREPARED, **{key: value for key, value in config.items() if value is not None}}
+    require(given, "timm", crop_mode=tuple(_MODES.values()), interpolation=get_args(Resample))
+    size, mean = data["image_size"], tuple(given["mean"])
+    if tuple(given.get("input_size", (3, size, size))) != (3, size, size):
+        raise ConfigError(f"timm: found input_size {given['input_size']}, expected [3, {size}, {size}], the model's")
+    edge, mode = int(size / given["crop_pct"]), given["crop_mode"]
+    if edge < size or (mode != "center" and edge != size):
+        found = f"crop_mode {mode} with crop_pct {given['crop_pct']}"
+        raise ConfigError(f"timm: found {found}, expected {'at most ' if mode == 'center' else ''}1.0")
     return {
         "use": "image",
         "size_px": size,
-        "resize": "stretch" if squashes else "crop",
+        "resize": next(fit for fit, name in _MODES.items() if name == mode),
         "shortest_edge_px": edge if edge > size else None,
-        "resample": config.get("interpolation", "bicubic"),
-        "mean": tuple(config.get("mean", CLIP_MEAN)),
-        "std": tuple(config.get("std", CLIP_STD)),
+        "rounding": "nearest",
+        "fill": border_colour(mean) if mode == "border" else "mean",
+        "resample": given["interpolation"],
+        "mean": mean,
+        "std": tuple(given["std"]),
     }
 
 
@@ -244,8 +285,10 @@ def names(model: ModelConfig, stored: Collection[str]) -> NameTable:
 def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, Any]]:
     """``config.json`` of timm, which names the nearest model and the arguments that differ."""
     data, reader = _encoder(model), model.streams["image"].reader
-    if not isinstance(reader, ImageReaderConfig) or reader.resize not in ("stretch", "crop"):
-        raise ConfigError(f"eva: found the reader {reader}, expected 'image' with resize stretch or crop")
+    if not isinstance(reader, ImageReaderConfig) or reader.resize not in _MODES:
+        raise ConfigError(f"eva: found the reader {reader}, expected 'image' with resize stretch, crop or pad")
+    if reader.resize == "pad" and reader.fill not in ("mean", border_colour(reader.mean)):
+        raise ConfigError(f"eva: found the fill {reader.fill}, expected the mean colour {border_colour(reader.mean)}")
     name, args = nearest(data)
     head = next(iter(model.heads.values()), None)
     classes = head.classes if isinstance(head, ClassConfig) else ()
@@ -254,7 +297,7 @@ def to_hub(model: ModelConfig, vocabulary: Vocabulary) -> dict[str, dict[str, An
         "fixed_input_size": True,
         "interpolation": reader.resample,
         "crop_pct": data.image_size / (reader.shortest_edge_px or data.image_size),
-        "crop_mode": "squash" if reader.resize == "stretch" else "center",
+        "crop_mode": _MODES[reader.resize],
         "mean": list(reader.mean),
         "std": list(reader.std),
         "num_classes": len(classes),
@@ -287,6 +330,7 @@ def nearest(data: VitConfig) -> tuple[str, dict[str, Any]]:
         "scale_attn_inner": data.sub_norm == "both",
         "use_rot_pos_emb": data.rope_grid is not None,
         "ref_feat_shape": data.rope_grid and (data.rope_grid, data.rope_grid),
+        "use_post_norm": data.branch_norm,
         "global_pool": "token" if data.pool == "cls" else "avg",
     }
     found = {name: _differing(args, {**_DEFAULTS, **published}) for name, published in TIMM.items()}
@@ -315,8 +359,8 @@ def _encoder(model: ModelConfig) -> VitConfig:
 
 
 def _size(name: str, parameters: int, crop_pct: float = 0.9) -> Size:
-    config = {"architecture": name, "num_classes": 0, "pretrained_cfg": {"crop_pct": crop_pct}}
-    return Size(config, parameters)
+    prepared = {"crop_pct": crop_pct, "mean": CLIP_MEAN, "std": CLIP_STD}
+    return Size({"architecture": name, "num_classes": 0, "pretrained_cfg": prepared}, parameters)
 
 
 EVA = Architecture(
@@ -327,7 +371,7 @@ EVA = Architecture(
     names=names,
     to_hub=to_hub,
     sizes={
-        name: _size(name, count)
+        name: _size(name, count, 1.0 if name.endswith("336") else 0.9)
         for name, count in {
             "eva_giant_patch14_224": 1_011_146_112,
             "eva_giant_patch14_clip_224": 1_011_146_112,
@@ -338,6 +382,7 @@ EVA = Architecture(
             "eva02_base_patch16_clip_224": 85_869_312,
             "eva02_large_patch14_clip_224": 303_317_952,
             "eva02_large_patch14_clip_336": 303_645_632,
+            "eva02_enormous_patch14_clip_224": 4_348_720_896,
         }.items()
     },
 )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from polymodal.core.errors import ConfigError
-from polymodal.modalities.image import ImageReaderConfig
+from polymodal.modalities.image import ImageReaderConfig, filling
 from polymodal.models.compose.config import ModelConfig
 from polymodal.models.encoders.text_transformer import TextTransformerConfig
 from polymodal.models.encoders.vit import VitConfig
@@ -133,16 +133,29 @@ def _known(config: Mapping[str, Any], known: Collection[str], where: str) -> Non
         raise ConfigError(f"open_clip {where}: found {strange[0]!r}, expected keys of {sorted(known)} alone")
 
 
+_MODES = {"crop": "shortest", "stretch": "squash", "pad": "longest"}
+"""How a picture meets the canvas -> the package's name of it."""
+
+
 def _image_reader(config: Mapping[str, Any], size_px: int) -> dict[str, Any]:
-    require(config, "open_clip preprocess_cfg", mode="RGB", resize_mode=("shortest", "squash"))
-    size = config.get("size", size_px)
+    """The package's evaluation transform; the size is the tower's, whatever the config says.
+
+    Source: ``image_transform`` and ``create_model`` of open_clip.
+    """
+    given = {key: value for key, value in config.items() if value is not None}
+    require(given, "open_clip preprocess_cfg", mode="RGB", resize_mode=tuple(_MODES.values()))
+    require(given, "open_clip preprocess_cfg", interpolation=("bicubic", "bilinear", "random"))
+    mode, mean, std = given.get("resize_mode", "shortest"), given.get("mean", CLIP_MEAN), given.get("std", CLIP_STD)
     return {
         "use": "image",
-        "size_px": size if isinstance(size, int) else size[-1],
-        "resize": "stretch" if config.get("resize_mode") == "squash" else "crop",
-        "resample": config.get("interpolation", "bicubic"),
-        "mean": tuple(config.get("mean", CLIP_MEAN)),
-        "std": tuple(config.get("std", CLIP_STD)),
+        "size_px": size_px,
+        "resize": next(fit for fit, name in _MODES.items() if name == mode),
+        "rounding": "nearest",
+        "fill": (given.get("fill_color", 0),) * 3 if mode == "longest" else "mean",
+        # "random" is for training alone.
+        "resample": "bilinear" if given.get("interpolation") == "bilinear" else "bicubic",
+        "mean": tuple(mean) if isinstance(mean, list | tuple) else (mean,) * 3,
+        "std": tuple(std) if isinstance(std, list | tuple) else (std,) * 3,
     }
 
 
@@ -250,15 +263,21 @@ def _text_config(encoder: TextTransformerConfig) -> dict[str, Any]:
 
 
 def _preprocess_config(reader: Any) -> dict[str, Any]:
-    if not isinstance(reader, ImageReaderConfig) or reader.resize not in ("stretch", "crop"):
-        raise ConfigError(f"open_clip: found the reader {reader}, expected 'image' with resize stretch or crop")
+    if not isinstance(reader, ImageReaderConfig) or reader.resize not in _MODES:
+        raise ConfigError(f"open_clip: found the reader {reader}, expected 'image' with resize stretch, crop or pad")
+    if reader.resample not in ("bicubic", "bilinear"):
+        raise ConfigError(f"open_clip: found resample {reader.resample!r}, expected 'bicubic' or 'bilinear'")
+    colour = set(filling(reader.fill, reader.mean, reader.rescale)) if reader.resize == "pad" else {0}
+    if len(colour) > 1:
+        raise ConfigError(f"open_clip: found the fill {reader.fill}, expected a grey: one number for every channel")
     return {
         "size": reader.size_px,
         "mode": "RGB",
         "mean": list(reader.mean),
         "std": list(reader.std),
         "interpolation": reader.resample,
-        "resize_mode": "squash" if reader.resize == "stretch" else "shortest",
+        "resize_mode": _MODES[reader.resize],
+        "fill_color": colour.pop(),
     }
 
 
@@ -278,6 +297,8 @@ _EVA01, _EVA02_B = (
 _EVA02_L, _EVA02_L336 = (
     {"timm_model_name": f"eva02_large_patch14_clip_{size}", "image_size": size, **_EVA} for size in (224, 336)
 )
+_EVA02_E = {"timm_model_name": "eva02_enormous_patch14_clip_224", **_EVA}
+_BIG_TEXT = {"width": 1280, "heads": 20, "layers": 32}
 _L_TEXT, _H_TEXT = {"width": 768, "heads": 12}, {"width": 1024, "heads": 16, "layers": 24}
 
 OPEN_CLIP = Architecture(
@@ -294,11 +315,13 @@ OPEN_CLIP = Architecture(
         "open_clip-vit-l-14": _size(427_616_513, 768, _L14, _L_TEXT),
         "open_clip-vit-h-14": _size(986_109_441, 1024, _H14, _H_TEXT),
         "open_clip-vit-g-14": _size(1_366_678_273, 1024, _G14, _H_TEXT),
-        "open_clip-vit-bigg-14": _size(2_539_567_105, 1280, _BIG_G14, {"width": 1280, "heads": 20, "layers": 32}),
+        "open_clip-vit-bigg-14": _size(2_539_567_105, 1280, _BIG_G14, _BIG_TEXT),
         "open_clip-eva01-g-14": _size(1_136_435_841, 1024, _EVA01, _L_TEXT, custom_text=True),
         "open_clip-eva01-g-14-plus": _size(1_366_621_569, 1024, _EVA01, _H_TEXT, custom_text=True),
         "open_clip-eva02-b-16": _size(149_691_137, 512, _EVA02_B, {}, custom_text=True),
         "open_clip-eva02-l-14": _size(427_755_457, 768, _EVA02_L, _L_TEXT, custom_text=True),
+        "open_clip-eva02-e-14": _size(4_704_589_569, 1024, _EVA02_E, _H_TEXT, custom_text=True),
+        "open_clip-eva02-e-14-plus": _size(5_044_889_089, 1024, _EVA02_E, _BIG_TEXT, custom_text=True),
         "open_clip-eva02-l-14-336": _size(428_083_137, 768, _EVA02_L336, _L_TEXT, custom_text=True),
     },
     config_file="open_clip_config.json",

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polymodal.core.errors import CheckpointError
 from polymodal.modalities.text.files import json_object
+from polymodal.models.weights.released import KEY, PICKLED, named_tensors, read_pickled
 
 CONFIG = "config.json"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -105,8 +105,8 @@ class HubFolder:
             nested = [processor.get(key) for key in ("image_processor", "feature_extractor")]
             preprocessor = next((part for part in nested if isinstance(part, dict)), {})
         config = self._json(CONFIG)
-        self._weights = _WEIGHTS
-        if (self.path / OPEN_CLIP_CONFIG).is_file() and not ("model_type" in config and self.has_weights):
+        self._weights, self._said = _WEIGHTS, config.get(KEY)
+        if (self.path / OPEN_CLIP_CONFIG).is_file() and not ("model_type" in config and self._has_named):
             config = {"model_type": "open_clip", **self._json(OPEN_CLIP_CONFIG)}
             self._weights = _OPEN_CLIP_WEIGHTS
         is_ctc = any(str(name).endswith("ForCTC") for name in config.get("architectures") or ())
@@ -126,7 +126,17 @@ class HubFolder:
     @property
     def has_weights(self) -> bool:
         """Whether there is a file of weights."""
+        return self._said is not None or self._has_named or self._only_file is not None
+
+    @property
+    def _has_named(self) -> bool:
         return any(path for name in self._weights for path in self.path.glob(f"{name}*"))
+
+    @property
+    def _only_file(self) -> Path | None:
+        """The file of weights that a folder without those of a hub holds, if there is just one."""
+        found = [path for path in self.path.iterdir() if path.suffix in (".pth", ".pt")]
+        return found[0] if len(found) == 1 else None
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -135,14 +145,21 @@ class HubFolder:
         Raises:
             CheckpointError: if there are none, or a file is damaged.
         """
+        if self._said is not None:
+            return named_tensors(
+                self.path, self._said, lambda at: HubFolder(at).tensors if at.is_dir() else _open([at])
+            )
         for name in self._weights:
             index = self.path / f"{name}.index.json"
             if (self.path / name).is_file():
                 return _open([self.path / name])
             if index.is_file():
                 return self._sharded(index)
+        if self._only_file is not None:
+            return _open([self._only_file])
         raise CheckpointError(
-            f"{self.path}: holds no weights; expected {' or '.join(self._weights)}, or shards with an .index.json"
+            f"{self.path}: holds no weights; expected {' or '.join(self._weights)}, shards with an .index.json, "
+            f"one file .pth, or the key {KEY!r} in {CONFIG}"
         )
 
     def _sharded(self, index: Path) -> Mapping[str, Tensor]:
@@ -164,10 +181,10 @@ class HubFolder:
 
 
 def _open(paths: list[Path]) -> Mapping[str, Tensor]:
-    if paths[0].suffix == ".bin":
+    if paths[0].suffix in PICKLED:
         merged: dict[str, Tensor] = {}
         for path in paths:
-            merged.update(_read_bin(path))
+            merged.update(read_pickled(path))
         return merged
     return MappedTensors(paths)
 
@@ -184,19 +201,6 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         elif start.lstrip().startswith(b"<"):
             hint = "; it is a web page: fetch the file again"
     return CheckpointError(f"{path}: not a readable safetensors file: {error}{hint}")
-
-
-def _read_bin(path: Path) -> dict[str, Tensor]:
-    """A pickled file by the loader that runs no code, its tensors mapped."""
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  (the loader raises whatever a damaged or hostile file provokes)
-        raise CheckpointError(
-            f"{path}: cannot be read without running code from it: {error}; convert it to safetensors"
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise CheckpointError(f"{path}: found {type(data).__name__}, expected tensors by name")
-    return data
 
 
 class MappedTensors(Mapping[str, Tensor]):

@@ -96,8 +96,14 @@ def object_name(scene: Scene, medium: str) -> str:
 
 def place(thing: Thing) -> str:
     """Where a thing stands, by thirds of the picture."""
-    column, row = (min(2, int(3 * value / SIDE_PX)) for value in thing.xy)
+    column, row = cell(thing)
     return _PLACES[row][column]
+
+
+def cell(thing: Thing) -> tuple[int, int]:
+    """The thirds of the picture that a thing's centre is in: from the left, from the top."""
+    column, row = (min(2, int(3 * value / SIDE_PX)) for value in thing.xy)
+    return column, row
 
 
 def _reading_order(scene: Scene) -> list[Thing]:

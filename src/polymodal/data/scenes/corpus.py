@@ -37,6 +37,7 @@ from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_sc
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
 from polymodal.data.scenes.questions import FAMILIES, Question, questions
+from polymodal.data.scenes.reading import reading
 from polymodal.data.scenes.solid import cloud_ply
 from polymodal.data.scenes.sound import sound_wav
 
@@ -52,10 +53,11 @@ FILES = (
     "questions",
     "dialogues",
     "text",
+    "reading",
 )
 """The JSON Lines files of each split."""
 SUMMARY = "scenes.json"
-VERSION = 6
+VERSION = 7
 """Raised whenever the same seed gives other files."""
 
 ALONE = ("image", "video")
@@ -91,7 +93,7 @@ def make_scenes(
     """Write the corpus to ``out`` and return its summary, which is also ``out/scenes.json``.
 
     A folder with the same settings is left as it is; one that was interrupted is made again. Each split holds
-    ``media/<kind>/000123.<ext>`` and eleven JSON Lines files:
+    ``media/<kind>/000123.<ext>`` and twelve JSON Lines files:
 
     - ``views``: one line per scene and medium: the medium and its caption; ``label`` holds its facts;
     - ``objects``: two lines per scene: one of its things alone, as a picture with its kind and as a video with its kind
@@ -104,7 +106,9 @@ def make_scenes(
     - ``lookups``: one conversation per picture and per video: short questions about things by their names;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
-    - ``text``: conversations without media, about other scenes: descriptions, and questions about a description.
+    - ``text``: conversations without media, about other scenes: descriptions, and questions about a description;
+    - ``reading``: conversations without media: things listed in a few words, and one question about them, or a request
+      to describe them.
 
     Args:
         out: the folder; made if absent.
@@ -242,6 +246,7 @@ def _write_chunk(task: tuple[str, int, str, range, tuple[str, ...]]) -> tuple[Li
         for name, sample in (
             *scene_samples(scene, families),
             *text_samples(make_scene(seed, f"{split}-text", index), families),
+            *reading_samples(seed, split, index),
         ):
             lines[name].append(json.dumps(sample_to_json(sample)) + "\n")
             if name == "questions":
@@ -349,6 +354,12 @@ def text_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> I
                 f"{name}-{question.family}", [], f"{told} {question.text}", question.answer, {"kind": question.family}
             ),
         )
+
+
+def reading_samples(seed: int, split: str, index: int) -> Iterator[tuple[str, Sample]]:
+    """("reading", sample) for the lines of an index that list things in words."""
+    for number, (kind, text, answer) in enumerate(reading(seed, split, index)):
+        yield "reading", _turn(f"{split}-reading-{index}-{number}", [], text, answer, {"kind": kind})
 
 
 def _conversation(id: str, media: list[Media], turns: list[tuple[str, str]], meta: dict[str, Any]) -> Sample:

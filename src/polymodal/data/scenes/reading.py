@@ -1,0 +1,65 @@
+"""Short lists of things in words, each with one question or a request: what teaches a language model to look things up.
+
+A frozen language model can be asked no more of a picture than it reads in words. A caption is long and names one
+thing after the other; here a few words stand for a thing, one question follows, and what the question does not need is
+left out half of the time, so that little stands beside what is looked up.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from polymodal.data.scenes.captions import REQUESTS, caption, cell, place
+from polymodal.data.scenes.latent import Scene, Thing, make_scene
+from polymodal.data.scenes.questions import questions
+
+READ_FAMILIES = {
+    "attribute": ("colour",),
+    "count": ("colour",),
+    "existence": ("colour",),
+    "spatial": ("place",),
+    "comparison": ("size",),
+}
+"""The families of questions about pictures, and what a list has to tell of each thing for one."""
+
+_ASPECTS = ("place", "size", "colour")
+_SCENES = 2
+
+
+def reading(seed: int, split: str, index: int) -> Iterator[tuple[str, str, str]]:
+    """(kind, what the user says, answer) for every line of an index: questions, and descriptions of what is listed.
+
+    The scenes are those behind the text of the split, two for an index; their questions are balanced like all others.
+    """
+    for number in range(_SCENES):
+        scene = make_scene(seed, f"{split}-text", _SCENES * index + number)
+        words = scene.words(5)
+        for question in questions(scene, tuple(READ_FAMILIES), words):
+            if question.family == "spatial" and not _is_told(scene):
+                continue
+            listed = _listed(scene, READ_FAMILIES[question.family], words)
+            yield question.family, f"{listed} {question.text}", question.answer
+        listed = _listed(scene, _ASPECTS, words)
+        yield "caption", f"{listed} {words.choice(REQUESTS['image'])}", caption(scene, "image", words)
+
+
+def _listed(scene: Scene, needed: tuple[str, ...], words: random.Random) -> str:
+    """The things in random order: the name last, before it what is needed, and each other aspect half of the time."""
+    told = [aspect for aspect in _ASPECTS if aspect in needed or words.random() < 0.5]
+    things = words.sample(scene.things, len(scene.things))
+    return ", ".join(" ".join((*(_aspect(thing, aspect) for aspect in told), thing.shape)) for thing in things) + "."
+
+
+def _aspect(thing: Thing, aspect: str) -> str:
+    if aspect == "place":
+        return place(thing).split(" the ")[1]
+    return thing.size if aspect == "size" else thing.colour
+
+
+def _is_told(scene: Scene) -> bool:
+    """Whether the thirds of the picture that two things stand in decide how they stand to each other."""
+    if scene.relation is None:
+        return False
+    (column, row), (other_column, other_row) = (cell(scene.things[i]) for i in scene.relation[:2])
+    return abs(column - other_column) != abs(row - other_row)

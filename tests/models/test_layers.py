@@ -387,6 +387,48 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(one, other)
 
 
+BATCH_NORM = TransformerConfig(width=32, depth=2, norm="batch")
+CROSSING = TransformerConfig(width=32, depth=2, cross_width=12)
+GATED_CROSSING = CROSSING.model_copy(update={"cross_gate": "tanh", "cross_every": 2})
+
+
+@pytest.mark.parametrize(
+    "config", [*VARIANTS.values(), BATCH_NORM, CROSSING, GATED_CROSSING], ids=[*VARIANTS, "batch", "cross", "gated"]
+)
+@pytest.mark.parametrize("how", ["packed", "padded", "little padding"])
+def test_reading_some_tokens_gives_their_states_and_gradients(config: TransformerConfig, how: str) -> None:
+    model = make(config).double().train()
+    lengths = (6, 6, 5) if how == "little padding" else (2, 6, 3)
+    if how == "packed":
+        x_BTD, layout = torch.randn(1, sum(lengths), 32, dtype=torch.float64), Layout.packed(lengths, causal=True)
+        read_K = torch.tensor([0, 3, 4, 10])
+    else:
+        x_BTD = torch.randn(3, 6, 32, dtype=torch.float64)
+        layout = Layout.padded(torch.arange(6) < torch.tensor(lengths)[:, None], causal=True)
+        read_K = torch.tensor([1, 7, 10, 14])
+    memory = None if config.cross_width is None else Memory(torch.randn(3, 5, 12, dtype=torch.float64))
+    found = []
+    for early in (True, False):
+        model.zero_grad()
+        x = x_BTD.clone().requires_grad_()
+        if early:
+            states_KD = model(x, layout, memory=memory, read_K=read_K)
+        else:
+            states_KD = model(x, layout, memory=memory).flatten(0, 1)[read_K]
+        states_KD.square().sum().backward()
+        found.append([states_KD, x.grad, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_last_block_computes_no_more_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make(LLAMA), []
+    original = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: tokens.append(x.shape[1]) or original(self, x))
+    model(torch.randn(1, 9, 32), Layout.packed((4, 5), causal=True), read_K=torch.tensor([2, 8]))
+    assert tokens == [9, 2]
+
+
 def test_dropout_acts_only_while_training() -> None:
     model = make(TransformerConfig(width=32, depth=2, dropout=0.5))
     x_BTD = torch.randn(1, 4, 32)
@@ -463,6 +505,8 @@ def test_messages_say_what_was_found() -> None:
         Layout.packed((3, 0), causal=True)
     with pytest.raises(ConfigError, match="expected causal padded rows"):
         model(x_BTD, Layout(causal=False), model.new_cache(2, 8))
+    with pytest.raises(ConfigError, match="read_K: found a cache or dropping"):
+        model(x_BTD, Layout(causal=True), model.new_cache(2, 8), read_K=torch.tensor([1]))
     with pytest.raises(ConfigError, match="set cross_width"):
         model(x_BTD, Layout(causal=False), memory=Memory(torch.randn(2, 3, 32)))
     with pytest.raises(ConfigError, match="width 30 is not a multiple of heads 4"):

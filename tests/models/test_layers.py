@@ -17,6 +17,7 @@ from polymodal.models.layers import (
     sinusoidal,
 )
 from polymodal.models.layers.mlp import MLP
+from polymodal.models.layers.positions import rope_tables, rotate
 
 LLAMA = TransformerConfig(
     width=32, depth=2, heads=4, kv_heads=2, mlp_dim=48, norm="rms", activation="silu", gated=True, bias=False,
@@ -469,6 +470,24 @@ def test_positions() -> None:
         sincos_2d(2, 2, 10)
     with pytest.raises(ConfigError, match="found 4 positions, expected at most 3"):
         LearnedPositions(3, 8).first(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_and_its_gradient_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tables = rope_tables(torch.arange(7)[None], 8, 100.0, torch.float64 if dtype == torch.float64 else torch.float32)
+    x_BTHK = torch.randn(2, 7, 3, 8, dtype=dtype, requires_grad=True)
+    turned = rotate(x_BTHK, tables)
+    assert turned.dtype == dtype
+    exact = x_BTHK.detach().double().requires_grad_()
+    first, second = exact.chunk(2, dim=-1)
+    expected = exact * tables[0].double() + torch.cat((-second, first), dim=-1) * tables[1].double()
+    weight = torch.randn(expected.shape, dtype=dtype)
+    turned.backward(weight)
+    expected.backward(weight.double())
+    rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(turned.double(), expected, rtol=rtol, atol=4 * rtol)
+    torch.testing.assert_close(x_BTHK.grad.double(), exact.grad, rtol=rtol, atol=4 * rtol)
 
 
 def test_grid_codes_are_centred_half_as_large_as_features_and_tell_places_apart():

@@ -169,9 +169,12 @@ def _time(frame: Any, otherwise: float) -> float:
 
 
 def _gif_frames(part: Video, limits: Limits, header: VideoHeader, indices: Sequence[int]) -> Iterator[Frame]:
-    with opened(part, limits, TAKES) as (file, _):
-        with named_errors(part, "decoding the GIF"), PIL.Image.open(file, formats=("GIF",)) as image:
-            for index in indices:
-                image.seek(index)
-                image.load()
-                yield Frame(index, header.starts_s[index], on_white(np.asarray(image.convert("RGBA"))))
+    with (
+        opened(part, limits, TAKES) as (file, _),
+        named_errors(part, "decoding the GIF"),
+        PIL.Image.open(file, formats=("GIF",)) as image,
+    ):
+        for index in indices:
+            image.seek(index)
+            image.load()
+            yield Frame(index, header.starts_s[index], on_white(np.asarray(image.convert("RGBA"))))

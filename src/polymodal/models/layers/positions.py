@@ -65,8 +65,8 @@ def _mixed(x_BTHK: Tensor, own: Tensor, to_first: Tensor, to_second: Tensor) -> 
     """``x * own``, and to each half the other one times its factor."""
     out = x_BTHK * own
     (first, second), (out_first, out_second) = x_BTHK.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    out_first.addcmul_(second, to_first)
-    out_second.addcmul_(first, to_second)
+    out_first.add_(second * to_first)
+    out_second.add_(first * to_second)
     return out.to(x_BTHK.dtype)
 
 

@@ -130,7 +130,7 @@ class Adapted(nn.Module):
         return y
 
 
-class AdaptedAttention(Adapted, Attention):  # type: ignore[misc]
+class AdaptedAttention(Adapted, Attention):
     """Attention with adapters, to itself and to a memory."""
 
     def forward(self, x_BTD: Tensor, step: Step, layer: int, read_K: Tensor | None = None) -> Tensor:

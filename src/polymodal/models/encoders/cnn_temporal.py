@@ -99,7 +99,7 @@ class TemporalMix(nn.Module):
             self.conv.weight.view(-1, 3, channels).transpose(1, 2)[..., None].contiguous(memory_format=CHANNELS_LAST)
         )
         around = conv2d(x_ULCHW.transpose(1, 2).flatten(3), weight, padding=(1, 0)).transpose(1, 2)
-        branch: Tensor = self.norm(around.flatten(0, 1).unflatten(-1, size)).relu_()
+        branch: Tensor = self.norm(torch.unflatten(around.flatten(0, 1), -1, size)).relu_()
         return torch.addcmul(x_ULCHW, branch.view_as(x_ULCHW), self.gain_C[:, None, None])
 
 

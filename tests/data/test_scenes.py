@@ -260,19 +260,35 @@ def by_name(scene):
     return {thing.shape: (index, thing) for index, thing in enumerate(scene.things)}
 
 
-def test_lookups_of_a_picture_tell_where_and_how_large_each_named_thing_is(scenes):
+def test_lookups_of_a_picture_ask_one_thing_each_and_are_true(scenes):
     kinds = Counter()
     for scene in scenes[:300]:
         things = by_name(scene)
         for text, answer in lookups(scene, "image", scene.words(2)):
-            first, *second = [things[word][1] for word in re.findall(r"\w+", text) if word in things]
-            if second:
-                one, other = (second[0], first) if text.startswith(("On", "Seen")) else (first, second[0])
+            named = [things[word][1] for word in re.findall(r"\w+", text) if word in things]
+            if answer in ("yes", "no"):
+                kind, pair = "existence", next((c, s) for c in COLOURS for s in SHAPES if f"{c} {s}" in text)
+                assert (answer == "yes") == (pair in {(t.colour, t.shape) for t in scene.things}), (text, answer)
+                assert pair not in HELD_OUT
+            elif text.startswith(("Which is", "The")) and len(named) == 2:
+                kind, size = "comparison", "small" if "smaller" in text else "large"
+                assert [thing.shape for thing in named if thing.size == size] == [answer], (text, answer)
+            elif len(named) == 2:
+                kind = "relation"
+                one, other = reversed(named) if text.startswith(("On", "Seen")) else named
                 assert holds(one.xy, other.xy, answer), (text, answer)
             else:
-                assert answer == (first.size if "large" in text or "size" in text else place(first)), (text, answer)
-            kinds[len(second)] += 1
-    assert min(kinds.values()) > 300
+                (thing,) = named
+                kind = next(word for word in ("colour", "large", "size", "Where", "part") if word in text)
+                told = {"colour": thing.colour, "large": thing.size, "size": thing.size}
+                assert answer == told.get(kind, place(thing)), (text, answer)
+            kinds[kind] += 1
+    assert min(kinds.values()) > 100 and len(kinds) == 8
+
+
+def test_lookups_ask_for_pairs_that_are_there_as_often_as_for_others(scenes):
+    answers = Counter(answer for scene in scenes[:300] for _, answer in lookups(scene, "image", scene.words(2)))
+    assert answers["yes"] == answers["no"] == 300
 
 
 def test_lookups_of_a_video_tell_what_each_named_thing_does_and_when_it_blinks(scenes):
@@ -280,16 +296,22 @@ def test_lookups_of_a_video_tell_what_each_named_thing_does_and_when_it_blinks(s
     for scene in scenes[:300]:
         things = by_name(scene)
         for text, answer in lookups(scene, "video", scene.words(2)):
-            (index,) = [things[word][0] for word in re.findall(r"\w+", text) if word in things]
-            if "blink" in text:
-                times = [f for f, frame in enumerate(black_pixels(scene)) if frame[index]]
+            index, *second = [things[word][0] for word in re.findall(r"\w+", text) if word in things]
+            times = [f for f, frame in enumerate(black_pixels(scene)) if frame[index]]
+            if second:
+                assert answer == scene.things[scene.blinks[0]].shape and {index, *second} == set(scene.blinks)
+            elif "blink" in text:
                 assert bool(times) == (answer != "never"), (text, answer)
                 assert answer not in ("first", "once") or min(times) < 3
                 assert answer != "second" or min(times) >= 4
+            elif "colour" in text:
+                assert answer == scene.colours[index]
+            elif answer in DIRECTIONS:
+                assert answer == scene.moves[index] and re.search("way|direction", text), (text, answer)
             else:
                 assert answer == (f"moves {scene.moves[index]}" if scene.moves[index] else "stays")
             answers[answer] += 1
-    assert {"never", "once", "first", "second", "stays"} < set(answers)
+    assert {"never", "once", "first", "second", "stays", *DIRECTIONS, *COLOURS} < set(answers)
 
 
 def black_pixels(scene):

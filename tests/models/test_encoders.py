@@ -8,7 +8,7 @@ from torch import nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.models.encoders import ENCODERS
-from polymodal.models.encoders.cnn_temporal import CnnTemporalConfig, pool_pairs
+from polymodal.models.encoders.cnn_temporal import CnnTemporalConfig, TemporalMix, pool_pairs
 from polymodal.models.encoders.point_groups import farthest_points, nearest_points
 from polymodal.models.encoders.spectrum import SpectrumConfig
 from polymodal.models.encoders.vit_trunk import ConvStem
@@ -245,6 +245,22 @@ def test_padding_frames_change_no_feature_of_a_small_video_network(length: int) 
     torch.testing.assert_close(inside.x_UND[:, :num_features], alone.x_UND)
     torch.testing.assert_close(inside.pooled_UD, alone.pooled_UD)
     assert inside.is_valid_UN.sum() == num_features == alone.x_UND.shape[1]
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_frame_is_mixed_with_the_one_before_and_the_one_after(length: int) -> None:
+    torch.manual_seed(0)
+    mix = TemporalMix(8).double()
+    nn.init.normal_(mix.gain_C)
+    x_ULCHW = torch.randn(2, length, 8, 3, 3, dtype=torch.float64)
+    is_valid_UL = torch.arange(length) < torch.tensor([[length], [max(1, length - 1)]])
+    found = mix(x_ULCHW, is_valid_UL)
+    x_ULCHW = x_ULCHW * is_valid_UL[:, :, None, None, None]
+    blank = torch.zeros_like(x_ULCHW[:, :1])
+    before, after = torch.cat((blank, x_ULCHW[:, :-1]), 1), torch.cat((x_ULCHW[:, 1:], blank), 1)
+    around = torch.cat((before, x_ULCHW, after), 2).flatten(0, 1)
+    branch = mix.norm(nn.functional.conv2d(around, mix.conv.weight)).relu() * mix.gain_C[:, None, None]
+    torch.testing.assert_close(found, x_ULCHW + branch.view_as(x_ULCHW), rtol=1e-12, atol=1e-12)
 
 
 def test_tubelets_hold_the_pixels_of_their_place() -> None:

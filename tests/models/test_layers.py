@@ -17,6 +17,7 @@ from polymodal.models.layers import (
     sinusoidal,
 )
 from polymodal.models.layers.mlp import MLP
+from polymodal.models.layers.positions import rope_tables, rotate
 
 LLAMA = TransformerConfig(
     width=32, depth=2, heads=4, kv_heads=2, mlp_dim=48, norm="rms", activation="silu", gated=True, bias=False,
@@ -388,6 +389,48 @@ def test_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(one, other)
 
 
+BATCH_NORM = TransformerConfig(width=32, depth=2, norm="batch")
+CROSSING = TransformerConfig(width=32, depth=2, cross_width=12)
+GATED_CROSSING = CROSSING.model_copy(update={"cross_gate": "tanh", "cross_every": 2})
+
+
+@pytest.mark.parametrize(
+    "config", [*VARIANTS.values(), BATCH_NORM, CROSSING, GATED_CROSSING], ids=[*VARIANTS, "batch", "cross", "gated"]
+)
+@pytest.mark.parametrize("how", ["packed", "padded", "little padding"])
+def test_reading_some_tokens_gives_their_states_and_gradients(config: TransformerConfig, how: str) -> None:
+    model = make(config).double().train()
+    lengths = (6, 6, 5) if how == "little padding" else (2, 6, 3)
+    if how == "packed":
+        x_BTD, layout = torch.randn(1, sum(lengths), 32, dtype=torch.float64), Layout.packed(lengths, causal=True)
+        read_K = torch.tensor([0, 3, 4, 10])
+    else:
+        x_BTD = torch.randn(3, 6, 32, dtype=torch.float64)
+        layout = Layout.padded(torch.arange(6) < torch.tensor(lengths)[:, None], causal=True)
+        read_K = torch.tensor([1, 7, 10, 14])
+    memory = None if config.cross_width is None else Memory(torch.randn(3, 5, 12, dtype=torch.float64))
+    found = []
+    for early in (True, False):
+        model.zero_grad()
+        x = x_BTD.clone().requires_grad_()
+        if early:
+            states_KD = model(x, layout, memory=memory, read_K=read_K)
+        else:
+            states_KD = model(x, layout, memory=memory).flatten(0, 1)[read_K]
+        states_KD.square().sum().backward()
+        found.append([states_KD, x.grad, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_last_block_computes_no_more_than_what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = make(LLAMA), []
+    original = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: tokens.append(x.shape[1]) or original(self, x))
+    model(torch.randn(1, 9, 32), Layout.packed((4, 5), causal=True), read_K=torch.tensor([2, 8]))
+    assert tokens == [9, 2]
+
+
 def test_dropout_acts_only_while_training() -> None:
     model = make(TransformerConfig(width=32, depth=2, dropout=0.5))
     x_BTD = torch.randn(1, 4, 32)
@@ -430,6 +473,27 @@ def test_positions() -> None:
         LearnedPositions(3, 8).first(4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_and_its_gradient_are_those_of_the_formula(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tables = rope_tables(torch.arange(7)[None], 8, 100.0, torch.float64 if dtype == torch.float64 else torch.float32)
+    x_BTHK = torch.randn(2, 7, 3, 8, dtype=dtype, requires_grad=True)
+    turned = rotate(x_BTHK, tables)
+    assert turned.dtype == dtype
+    exact = x_BTHK.detach().double().requires_grad_()
+    first, second = exact.chunk(2, dim=-1)
+    expected = exact * tables[0].double() + torch.cat((-second, first), dim=-1) * tables[1].double()
+    if dtype == torch.float32:
+        first, second = x_BTHK.detach().chunk(2, dim=-1)
+        assert torch.equal(turned, x_BTHK * tables[0] + torch.cat((-second, first), dim=-1) * tables[1])
+    weight = torch.randn(expected.shape, dtype=dtype)
+    turned.backward(weight)
+    expected.backward(weight.double())
+    rtol = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(turned.double(), expected, rtol=rtol, atol=4 * rtol)
+    torch.testing.assert_close(x_BTHK.grad.double(), exact.grad, rtol=rtol, atol=4 * rtol)
+
+
 def test_grid_codes_are_centred_half_as_large_as_features_and_tell_places_apart():
     codes_ND = grid_codes(8, 96)
     assert codes_ND.shape == (64, 96)
@@ -464,6 +528,8 @@ def test_messages_say_what_was_found() -> None:
         Layout.packed((3, 0), causal=True)
     with pytest.raises(ConfigError, match="expected causal padded rows"):
         model(x_BTD, Layout(causal=False), model.new_cache(2, 8))
+    with pytest.raises(ConfigError, match="read_K: found a cache or dropping"):
+        model(x_BTD, Layout(causal=True), model.new_cache(2, 8), read_K=torch.tensor([1]))
     with pytest.raises(ConfigError, match="set cross_width"):
         model(x_BTD, Layout(causal=False), memory=Memory(torch.randn(2, 3, 32)))
     with pytest.raises(ConfigError, match="width 30 is not a multiple of heads 4"):

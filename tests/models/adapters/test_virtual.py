@@ -50,6 +50,28 @@ def test_a_prompt_is_tokens_before_the_sequence(positions):
     torch.testing.assert_close(got, whole[:, 3:], rtol=1e-5, atol=1e-5)
 
 
+PARALLEL = {"use": "bottleneck", "width": 4, "parallel": True}
+INSIDE = [{"use": use, "match": match} for use in ("lora", "ia3") for match in (["*_proj"],)]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "adapters", [[PROMPT], [PREFIX, PROMPT], ["bottleneck"], [PARALLEL], INSIDE, [*INSIDE, PREFIX]]
+)
+def test_reading_some_tokens_gives_their_states(adapters, packed):
+    torch.manual_seed(0)
+    model = DecoderConfig.parse({"transformer": SHAPE, "max_tokens": 16}).build(11)
+    for index, adapter in enumerate(adapters):
+        apply_adapter(model, ADAPTERS.parse(adapter), f"v{index}")
+    stir(model)
+    if packed:
+        x, layout = sequence(10), Layout.packed([6, 4], True, torch.tensor([[*range(6), *range(4)]]))
+    else:
+        x, layout = sequence(12).view(2, 6, 16), padded(6, 4)
+    read = torch.tensor([1, 5, 7, 8])
+    torch.testing.assert_close(model.read(x, layout, read), model(x, layout).flatten(0, 1)[read], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 @pytest.mark.parametrize("adapters", [[PROMPT], [PREFIX], [PREFIX, PROMPT]])
 def test_packed_padded_and_cached_are_the_same(positions, adapters):

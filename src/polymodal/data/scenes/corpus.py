@@ -103,7 +103,8 @@ def make_scenes(
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``details``: one conversation per scene and set of media: what is true of each thing, by its name;
-    - ``lookups``: one conversation per picture and per video: short questions about things by their names;
+    - ``lookups``: up to a dozen conversations per picture and eight per video: one short question each, about things
+      by their names;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
     - ``text``: conversations without media, about other scenes: descriptions, and questions about a description;
@@ -296,8 +297,8 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "details", _turn(f"{name}-{'-'.join(media_names)}-details", parts, chosen.choice(asking), answer, meta)
     for medium in LOOKUP_MEDIA:
         meta = {"modalities": [medium], "scene": scene.index}
-        turns = lookups(scene, medium, chosen)
-        yield "lookups", _conversation(f"{name}-{medium}-lookups", [part[medium]], turns, meta)
+        for number, (text, answer) in enumerate(lookups(scene, medium, chosen)):
+            yield "lookups", _turn(f"{name}-{medium}-lookup-{number}", [part[medium]], text, answer, meta)
     asked = questions(scene, families, words)
     for question in asked:
         meta = {

@@ -23,6 +23,7 @@ from polymodal.data.scenes.latent import (
     SOLIDS,
     SOUNDS,
     Scene,
+    Thing,
 )
 
 Pick = Callable[[Scene, random.Random], "tuple[tuple[str, ...], str] | None"]
@@ -62,12 +63,12 @@ def _attribute(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str
             f"Which shape does the {c} object have?",
             f"The {c} object: what shape is it?",
         ), thing.shape
-    s = thing.shape
-    return (
-        f"What colour is the {s}?",
-        f"Which colour does the {s} have?",
-        f"The {s}: what colour is it?",
-    ), thing.colour
+    return colour_wordings(thing.shape), thing.colour
+
+
+def colour_wordings(s: str) -> tuple[str, ...]:
+    """The ways to ask for the colour of ``s``."""
+    return f"What colour is the {s}?", f"Which colour does the {s} have?", f"The {s}: what colour is it?"
 
 
 def _count(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str]:
@@ -83,21 +84,24 @@ def _count(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str]:
 def _existence(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str]:
     is_there = bool(scene.stratum("exists", 2))
     thing = scene.things[0]
-    colour, shape = (thing.colour, thing.shape) if is_there else _near_miss(scene, words)
-    texts = (
+    colour, shape = (thing.colour, thing.shape) if is_there else near_miss(scene, thing, words)
+    return existence_wordings(colour, shape), "yes" if is_there else "no"
+
+
+def existence_wordings(colour: str, shape: str) -> tuple[str, ...]:
+    """The ways to ask whether there is a thing of a colour and a shape."""
+    return (
         f"Is there a {colour} {shape}?",
         f"Can you see a {colour} {shape}?",
         f"Does the picture show a {colour} {shape}?",
     )
-    return texts, "yes" if is_there else "no"
 
 
-def _near_miss(scene: Scene, words: random.Random) -> tuple[str, str]:
-    """A pair that differs from the first thing in colour or in shape, and is not in the scene.
+def near_miss(scene: Scene, thing: Thing, words: random.Random) -> tuple[str, str]:
+    """A pair that differs from a thing of the scene in colour or in shape, and is not in the scene.
 
     Held-out pairs are never named outside ``novel``: "no" would be learnt by heart for them.
     """
-    thing = scene.things[0]
     there = {(t.colour, t.shape) for t in scene.things}
     allowed = (*SEEN, *HELD_OUT) if scene.split == "novel" else SEEN
     same_shape = [(c, s) for c, s in allowed if s == thing.shape and (c, s) not in there]
@@ -127,6 +131,11 @@ def _comparison(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], st
     if scene.compared is None:
         return None
     one, two = (scene.things[i] for i in scene.compared)
+    return compared(one, two, words)
+
+
+def compared(one: Thing, two: Thing, words: random.Random) -> tuple[tuple[str, ...], str]:
+    """The ways to ask which of two things of different sizes is larger, or smaller, and the answer."""
     a, b = one.shape, two.shape
     larger, smaller = (a, b) if one.size == "large" else (b, a)
     if words.random() < 0.5:
@@ -149,9 +158,12 @@ def _sound_count(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], s
 
 
 def _direction(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str]:
-    s = scene.things[0].shape
-    texts = (f"Which way does the {s} move?", f"In which direction does the {s} move?", f"The {s} moves: which way?")
-    return texts, scene.moves[0]
+    return direction_wordings(scene.things[0].shape), scene.moves[0]
+
+
+def direction_wordings(s: str) -> tuple[str, ...]:
+    """The ways to ask which way ``s`` moves."""
+    return f"Which way does the {s} move?", f"In which direction does the {s} move?", f"The {s} moves: which way?"
 
 
 def _order(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str] | None:
@@ -159,11 +171,16 @@ def _order(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str] | 
         return None
     first, second = (scene.things[i].shape for i in scene.blinks)
     a, b = (first, second) if scene.stratum("named first", 2) else (second, first)
+    return order_wordings(a, b), first
+
+
+def order_wordings(a: str, b: str) -> tuple[str, ...]:
+    """The ways to ask which of two things blinks first."""
     return (
         f"Which blinks first, the {a} or the {b}?",
         f"The {a} or the {b}: which blinks first?",
         f"Which one blinks earlier, the {a} or the {b}?",
-    ), first
+    )
 
 
 def _solid(scene: Scene, words: random.Random) -> tuple[tuple[str, ...], str]:

@@ -102,6 +102,8 @@ def _array_pixels(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 def on_white(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Composite ``[H, W, 4]`` on white: ``alpha * rgb + (255 - alpha) * white``, rounded."""
+    if rgba[:, :, 3].min() == 255:
+        return np.ascontiguousarray(rgba[:, :, :3])
     alpha = rgba[:, :, 3:].astype(np.uint32)
     mixed = rgba[:, :, :3] * alpha + (255 - alpha) * 255
     return ((mixed + 127) // 255).astype(np.uint8)

@@ -21,7 +21,6 @@ from polymodal.core.parts import Video
 from polymodal.modalities.container import opened_container
 from polymodal.modalities.decoding import is_encoded, named_errors, opened
 from polymodal.modalities.image import on_white
-from polymodal.modalities.image.gif import scan_gif
 from polymodal.modalities.video.header import TAKES, VideoHeader, probe_video, video_track
 
 MAX_FRAMES_MISSING = 2
@@ -170,11 +169,12 @@ def _time(frame: Any, otherwise: float) -> float:
 
 
 def _gif_frames(part: Video, limits: Limits, header: VideoHeader, indices: Sequence[int]) -> Iterator[Frame]:
-    with opened(part, limits, TAKES) as (file, _):
-        starts_s = scan_gif(part, file, limits.video_frames).starts_s
-        file.seek(0)
-        with named_errors(part, "decoding the GIF"), PIL.Image.open(file, formats=("GIF",)) as image:
-            for index in indices:
-                image.seek(index)
-                image.load()
-                yield Frame(index, starts_s[index], on_white(np.asarray(image.convert("RGBA"))))
+    with (
+        opened(part, limits, TAKES) as (file, _),
+        named_errors(part, "decoding the GIF"),
+        PIL.Image.open(file, formats=("GIF",)) as image,
+    ):
+        for index in indices:
+            image.seek(index)
+            image.load()
+            yield Frame(index, header.starts_s[index], on_white(np.asarray(image.convert("RGBA"))))

@@ -28,6 +28,7 @@ class VideoHeader:
         width_px: width as stored; a stated rotation is undone later, frame by frame.
         height_px: height as stored.
         format: ``mov``, ``matroska``, ``avi``, ``GIF`` or ``array``.
+        starts_s: of a GIF, when each frame starts.
     """
 
     num_frames: int
@@ -35,6 +36,7 @@ class VideoHeader:
     width_px: int
     height_px: int
     format: str
+    starts_s: tuple[float, ...] = ()
 
     @property
     def duration_s(self) -> float:
@@ -83,7 +85,7 @@ def video_track(part: Video, container: Any) -> Any:
 def _gif_header(part: Video, file: BinaryIO, limits: Limits) -> VideoHeader:
     blocks = scan_gif(part, file, limits.video_frames)
     fps = len(blocks.starts_s) / blocks.duration_s if blocks.duration_s else 1.0
-    return VideoHeader(len(blocks.starts_s), fps, blocks.width_px, blocks.height_px, "GIF")
+    return VideoHeader(len(blocks.starts_s), fps, blocks.width_px, blocks.height_px, "GIF", blocks.starts_s)
 
 
 def _track_header(part: Video, limits: Limits) -> VideoHeader:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from polymodal.core.config import Config
-from polymodal.models.layers.attention import Attention
+from polymodal.models.layers.attention import Attention, Step, chosen
 
 DEFAULT = "default"
 """The name of an adapter that was given none."""
@@ -130,8 +130,13 @@ class Adapted(nn.Module):
         return y
 
 
-class AdaptedAttention(Adapted, Attention):  # type: ignore[misc]
+class AdaptedAttention(Adapted, Attention):
     """Attention with adapters, to itself and to a memory."""
+
+    def forward(self, x_BTD: Tensor, step: Step, layer: int, read_K: Tensor | None = None) -> Tensor:
+        """See :meth:`Attention.forward`; an adapter beside it sees every token, so that none is left out before."""
+        out_BTD: Tensor = super().forward(x_BTD, step, layer)
+        return out_BTD if read_K is None else chosen(out_BTD, read_K)
 
     def cross(self, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See :meth:`Attention.cross`."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from polymodal.core.errors import ConfigError
 from polymodal.models.adapters.base import Adapted, Adapter, AdapterConfig, adapted_class
-from polymodal.models.backbones.decoder import Decoder
+from polymodal.models.backbones.decoder import CausalBackbone, Decoder
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.layout import Layout
 from polymodal.models.layers.memory import Memory
@@ -117,6 +117,11 @@ class AdaptedDecoder(Adapted, Decoder):
         assert rows.is_valid_BT is not None
         states_STD = self._own(x_BTD[0][index_ST], rows, VirtualCache(before, rows), memory)
         return states_STD[rows.is_valid_BT][None]
+
+    def read(self, x_BTD: Tensor, layout: Layout, read_K: Tensor, memory: Memory | None = None) -> Tensor:
+        """See :meth:`Decoder.read`; behind virtual tokens, which are read with a cache, the whole stack runs."""
+        own = CausalBackbone if self.active else Decoder
+        return own.read(self, x_BTD, layout, read_K, memory)
 
     def virtual_tokens(self) -> list[KeyValues]:
         """Keys and values of every active adapter's tokens, in order."""

@@ -124,6 +124,10 @@ class CausalBackbone(nn.Module, ABC):
             memory: what streams that enter by cross-attention give; None takes what the cache remembers.
         """
 
+    def read(self, x_BTD: Tensor, layout: Layout, read_K: Tensor, memory: Memory | None = None) -> Tensor:
+        """Final states ``[K, D]`` of the valid tokens at these places of the flattened rows, and no more."""
+        return torch.flatten(self(x_BTD, layout, None, memory), 0, 1).index_select(0, read_K)
+
     @abstractmethod
     def new_cache(self, rows: int, max_tokens: int) -> KVCache:
         """An empty cache for this backbone, on its device, in its dtype."""
@@ -232,13 +236,20 @@ class Decoder(CausalBackbone):
         self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None, memory: Memory | None = None
     ) -> Tensor:
         """See :meth:`CausalBackbone.forward`."""
+        return self._mapped(self.transformer(self._placed(x_BTD, layout), layout, cache=cache, memory=memory))
+
+    def read(self, x_BTD: Tensor, layout: Layout, read_K: Tensor, memory: Memory | None = None) -> Tensor:
+        """See :meth:`CausalBackbone.read`."""
+        return self._mapped(self.transformer(self._placed(x_BTD, layout), layout, memory=memory, read_K=read_K))
+
+    def _placed(self, x_BTD: Tensor, layout: Layout) -> Tensor:
         if self.embed_positions is not None:
             assert layout.positions_BT is not None
             x_BTD = x_BTD + self.embed_positions(layout.positions_BT + self.config.position_offset)
-        if self.embed_norm is not None:
-            x_BTD = self.embed_norm(x_BTD)
-        states_BTD: Tensor = self.transformer(x_BTD, layout, cache=cache, memory=memory)
-        return states_BTD if self.out_proj is None else torch.as_tensor(self.out_proj(states_BTD))
+        return x_BTD if self.embed_norm is None else torch.as_tensor(self.embed_norm(x_BTD))
+
+    def _mapped(self, states: Tensor) -> Tensor:
+        return states if self.out_proj is None else torch.as_tensor(self.out_proj(states))
 
     def new_cache(self, rows: int, max_tokens: int) -> KVCache:
         """See :meth:`CausalBackbone.new_cache`."""

@@ -296,6 +296,11 @@ class MultimodalModel(nn.Module):
             layout = replace(layout, dropping=self._dropping(batch, drop))
         return torch.as_tensor(self.decoder(x_BTD, layout, cache, memory))
 
+    def states_at(self, batch: Batch, read_K: Tensor, features: Mapping[str, Features] | None = None) -> Tensor:
+        """Final decoder states ``[K, D]`` of the valid tokens at these places of the flattened batch, and no more."""
+        x_BTD = self.embed_sequence(batch, features)
+        return self.decoder.read(x_BTD, batch_layout(batch), read_K, self.memory(batch, features))
+
     def _dropping(self, batch: Batch, drop: MediaDrop) -> Dropping:
         if not isinstance(self.decoder, Decoder):
             raise ConfigError(f"drop_media: found the backbone {self.config.backbone.use!r}, expected 'decoder'")

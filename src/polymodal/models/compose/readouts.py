@@ -86,9 +86,8 @@ def read_sequence(run: Run) -> None:
     if not batch.num_samples:
         run.outputs.token_logits = run.model.token_logits(run.model.decoder.embed(run.outputs.token_targets[None])[0])
         return
-    states_BTD = run.model.states(batch, features=features)
-    # Only states that predict a target meet the vocabulary matrix.
-    run.outputs.token_logits = run.model.token_logits(torch.flatten(states_BTD, 0, 1)[source_K])
+    # Only states that predict a target are computed to the end and meet the vocabulary matrix.
+    run.outputs.token_logits = run.model.token_logits(run.model.states_at(batch, source_K, features))
 
 
 def projection(model: MultimodalModel) -> ProjectionHead:

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import relu
 
 from polymodal.modalities.image import ImageReaderConfig
 from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, all_valid
@@ -88,8 +87,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[U, C, H, W]`` to ``[U, C', H / stride, W / stride]``."""
-        branch = self.norm2(self.conv2(relu(self.norm1(self.conv1(x)))))
-        return relu(branch + (x if self.shortcut is None else self.shortcut(x)))
+        # A group norm's gradient does not need what it gave, so that it may be overwritten.
+        branch: Tensor = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu_()))
+        return branch.add_(x if self.shortcut is None else self.shortcut(x)).relu_()
 
 
 class Cnn(Encoder):

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from polymodal.modalities.video import VideoReaderConfig
 from polymodal.models.encoders.base import Encoder, EncoderConfig, Features, Pool, finish, pool_max
@@ -88,15 +89,18 @@ class TemporalMix(nn.Module):
         self.norm = group_norm(channels)
         self.gain_C = nn.Parameter(torch.full((channels,), 1e-3))
 
-    def forward(self, x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
-        """Same shape; padding frames are zero before and after."""
-        x_ULCHW = x_ULCHW * is_valid_UL[:, :, None, None, None]
-        blank = x_ULCHW.new_zeros(x_ULCHW[:, :1].shape)
-        before, after = torch.cat((blank, x_ULCHW[:, :-1]), 1), torch.cat((x_ULCHW[:, 1:], blank), 1)
-        around = torch.cat((before, x_ULCHW, after), 2).flatten(0, 1).contiguous(memory_format=CHANNELS_LAST)
-        branch: Tensor = self.norm(self.conv(around)).relu() * self.gain_C[:, None, None]
-        mixed: Tensor = x_ULCHW + branch.view_as(x_ULCHW)
-        return mixed
+    def forward(self, x_ULCHW: Tensor, is_valid_UL: Tensor | None) -> Tensor:
+        """Same shape; padding frames count as zeros. ``is_valid_UL`` is None where there are none."""
+        if is_valid_UL is not None:
+            x_ULCHW = x_ULCHW * is_valid_UL[:, :, None, None, None]
+        size, channels = x_ULCHW.shape[3:], x_ULCHW.shape[2]
+        # Frames are the rows of a picture whose columns are the places: a 3x1 convolution, and no frame is copied.
+        weight = (
+            self.conv.weight.view(-1, 3, channels).transpose(1, 2)[..., None].contiguous(memory_format=CHANNELS_LAST)
+        )
+        around = conv2d(x_ULCHW.transpose(1, 2).flatten(3), weight, padding=(1, 0)).transpose(1, 2)
+        branch: Tensor = self.norm(torch.unflatten(around.flatten(0, 1), -1, size)).relu_()
+        return torch.addcmul(x_ULCHW, branch.view_as(x_ULCHW), self.gain_C[:, None, None])
 
 
 def pool_pairs(x_ULCHW: Tensor, is_valid_UL: Tensor) -> Tensor:
@@ -133,10 +137,11 @@ class CnnTemporal(Encoder):
         self.require_shape(values)
         num_videos, num_frames = values.shape[:2]
         is_valid_UL = valid_mask(lengths_U, num_frames)
+        padded_UL = None if bool(is_valid_UL.all()) else is_valid_UL
         x = self.stem(values.flatten(0, 1).contiguous(memory_format=CHANNELS_LAST))
         for spatial, temporal in zip(self.stages, self.temporal, strict=True):
             x = spatial(x).unflatten(0, (num_videos, num_frames))
-            x = temporal(x, is_valid_UL).flatten(0, 1)
+            x = temporal(x, padded_UL).flatten(0, 1)
         x_ULCHW = pool_pairs(x.unflatten(0, (num_videos, num_frames)), is_valid_UL)
         is_kept_UL = is_valid_UL[:, ::2]
         x_ULND = self.final_norm(x_ULCHW.flatten(3).transpose(2, 3))

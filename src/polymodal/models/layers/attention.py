@@ -115,8 +115,10 @@ class Attention(nn.Module):
         self.extra_k = nn.Parameter(torch.randn(shape) * std) if extras.extra_key else None
         self.extra_v = nn.Parameter(torch.randn(shape) * std) if extras.extra_key else None
 
-    def forward(self, x_BTD: Tensor, step: Step, layer: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, step: Step, layer: int, read_K: Tensor | None = None) -> Tensor:
         """Self-attention; ``layer`` is the place in the cache.
+
+        With ``read_K``, places of the flattened tokens, only their output is projected: ``[1, K, D]``.
 
         Raises:
             ConfigError: if there is an extra key and the layout is not one of bidirectional rows.
@@ -127,7 +129,7 @@ class Attention(nn.Module):
         if step.layout.segment_lengths is not None:
             if self.extra_k is not None:
                 raise ConfigError("extra_key: found a packed layout, expected bidirectional rows")
-            return self._packed(q_BTHK, k_BTGK, v_BTGK, step)
+            return self._packed(q_BTHK, k_BTGK, v_BTGK, step, read_K)
         q, k, v = q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
         if step.watch is not None:
             step.watch.see(q, k, self.scale)
@@ -140,8 +142,8 @@ class Attention(nn.Module):
                 raise ConfigError("extra_key: found a causal layout or a cache, expected bidirectional rows")
             k, v = _one_more(k, self.extra_k), _one_more(v, self.extra_v)
             mask = None if step.mask is None else F.pad(step.mask, (0, 1), value=step.mask.dtype == torch.bool)
-            return self._join(self._attend(q, k, v, mask, False))
-        return self._join(self._attend(q, k, v, step.mask, step.is_causal))
+            return self._join(self._attend(q, k, v, mask, False), read_K)
+        return self._join(self._attend(q, k, v, step.mask, step.is_causal), read_K)
 
     def cross(
         self, x_BTD: Tensor, memory: Memory, layout: Layout, layer: int = 0, cache: KVCache | None = None
@@ -222,7 +224,9 @@ class Attention(nn.Module):
         q_BTHK, k_BMGK = _normed(q_BTHK, self.q_norm), _normed(k_BMGK, self.k_norm)
         return q_BTHK, k_BMGK, v_BMGK
 
-    def _packed(self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, step: Step) -> Tensor:
+    def _packed(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, step: Step, read_K: Tensor | None = None
+    ) -> Tensor:
         shapes, index, inverse = step.layout.buckets
         # The backward pass of a squeeze is a view, that of indexing the one row a copy into zeros.
         rows = [part.squeeze(0) for part in (q_BTHK, k_BTGK, v_BTGK)]
@@ -237,6 +241,8 @@ class Attention(nn.Module):
             bias = None if step.mask is None else step.mask[..., :length, :length]
             parts.append(self._attend(q, k, v, bias, step.is_causal).transpose(1, 2).reshape(count * length, -1))
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if read_K is not None:
+            inverse = read_K if inverse is None else inverse[read_K]
         if inverse is not None:
             joined = joined.index_select(0, inverse)
         return self._out(joined[None])
@@ -257,12 +263,18 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(grouped, k, v, mask, dropout, scale=self.scale).reshape(q.shape)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.scale, enable_gqa=True)
 
-    def _join(self, x_BHTK: Tensor) -> Tensor:
-        return self._out(x_BHTK.transpose(1, 2).flatten(2))
+    def _join(self, x_BHTK: Tensor, read_K: Tensor | None = None) -> Tensor:
+        x_BTC = x_BHTK.transpose(1, 2).flatten(2)
+        return self._out(x_BTC if read_K is None else chosen(x_BTC, read_K))
 
     def _out(self, x_BTC: Tensor) -> Tensor:
         out: Tensor = self.out_proj(x_BTC if self.sub_norm is None else self.sub_norm(x_BTC))
         return out
+
+
+def chosen(x_BTD: Tensor, read_K: Tensor) -> Tensor:
+    """The tokens ``[1, K, D]`` at these places of the flattened rows."""
+    return torch.flatten(x_BTD, 0, 1).index_select(0, read_K)[None]
 
 
 def _one_more(x_BGTK: Tensor, extra_GK: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ Legend: ``B`` rows, ``T`` tokens, ``H`` heads, ``D`` width, ``K`` width of one h
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from polymodal.core.errors import ConfigError
 from polymodal.models.layers.rope_scaling import RopeScaling
@@ -38,10 +40,34 @@ def rope_tables(
 
 def rotate(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn queries or keys by the tables of :func:`rope_tables`; shape and dtype stay."""
-    cos, sin = tables
-    first, second = x_BTHK.chunk(2, dim=-1)
-    turned = x_BTHK * cos + torch.cat((-second, first), dim=-1) * sin
-    return turned.to(x_BTHK.dtype)
+    turned: Tensor = _Rotation.apply(x_BTHK, *tables)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Rotation(torch.autograd.Function):
+    """``x * cos + (-second, first) * sin`` of the halves of ``x``; nothing but the tables is kept for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, dim=-1)
+        return _mixed(x_BTHK, cos, -first, second)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHK: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, dim=-1)
+        return _mixed(grad_BTHK, cos, second, -first), None, None
+
+
+def _mixed(x_BTHK: Tensor, own: Tensor, to_first: Tensor, to_second: Tensor) -> Tensor:
+    """``x * own``, and to each half the other one times its factor."""
+    out = x_BTHK * own
+    (first, second), (out_first, out_second) = x_BTHK.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    out_first.add_(second * to_first)
+    out_second.add_(first * to_second)
+    return out.to(x_BTHK.dtype)
 
 
 def rope_2d(grid: int, head_dim: int, reference: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:

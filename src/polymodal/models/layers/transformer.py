@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from polymodal.core.config import Config
 from polymodal.core.errors import ConfigError
-from polymodal.models.layers.attention import Attention, AttentionExtras, Step
+from polymodal.models.layers.attention import Attention, AttentionExtras, Step, chosen
 from polymodal.models.layers.cache import KVCache
 from polymodal.models.layers.cut import Cut
 from polymodal.models.layers.layout import Layout
@@ -208,11 +208,18 @@ class Block(nn.Module):
         self.cross_scale = nn.Parameter(torch.full((config.width,), scale)) if scale and has_cross else None
         self.mlp_scale = nn.Parameter(torch.full((config.width,), scale)) if scale else None
 
-    def forward(self, x_BTD: Tensor, step: Step, layer: int, memory: Memory | None) -> Tensor:
-        """One block; ``layer`` is its place in the cache."""
+    def forward(
+        self, x_BTD: Tensor, step: Step, layer: int, memory: Memory | None, read_K: Tensor | None = None
+    ) -> Tensor:
+        """One block; ``layer`` is its place in the cache.
+
+        With ``read_K``, places of the flattened tokens, what follows attention is computed for them alone: [1, K, D].
+        """
         if self.gated_cross is not None:
             x_BTD = self.gated_cross(x_BTD, step, layer, memory)
-        branch = self.attention(self.enter(x_BTD, self.attention_norm), step, layer)
+        branch = self.attention(self.enter(x_BTD, self.attention_norm), step, layer, read_K)
+        if read_K is not None:
+            x_BTD = chosen(x_BTD, read_K)
         x_BTD = self.add(x_BTD, branch, self.attention_scale, self.attention_norm)
         if self.cross_attention is not None and self.cross_norm is not None and memory is not None:
             inner = self.enter(x_BTD, self.cross_norm)
@@ -253,7 +260,12 @@ class Transformer(nn.Module):
         initialise(self, config.depth)
 
     def forward(
-        self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None, memory: Memory | None = None
+        self,
+        x_BTD: Tensor,
+        layout: Layout,
+        cache: KVCache | None = None,
+        memory: Memory | None = None,
+        read_K: Tensor | None = None,
     ) -> Tensor:
         """Run the stack.
 
@@ -262,35 +274,52 @@ class Transformer(nn.Module):
             layout: who may attend to whom; with a cache it is causal and describes the new tokens.
             cache: read and filled in place; rows grow by their valid new tokens.
             memory: what cross-attending blocks look at; None skips them, or takes what the cache remembers.
+            read_K: places of the flattened valid tokens whose states are wanted: the last block computes no others.
+                Not with a cache or with dropping.
 
         Returns:
-            States of the same shape and dtype.
+            States of the same shape and dtype; with ``read_K`` those of its tokens, ``[K, D]``.
 
         Raises:
             ConfigError: if the layout, the cache or the memory does not fit.
         """
         layout.check(*x_BTD.shape[:2])
+        if read_K is not None and (cache is not None or layout.dropping is not None):
+            raise ConfigError("read_K: found a cache or dropping beside it, expected a pass over whole sequences")
         if memory is not None and self.config.cross_width is None:
             raise ConfigError("found a memory, expected none: this transformer has no cross-attention; set cross_width")
         is_whole = cache is None and memory is None and layout.dropping is None
         if is_whole and (valid := layout.without_padding()) is not None:
-            return self._unpadded(x_BTD, *valid)
+            return self._unpadded(x_BTD, *valid, read_K)
         step = self.step(x_BTD, layout, cache)
         if cache is not None:
             memory = cache.remember(memory)
         cut = Cut(step, x_BTD.shape[1], len(self.blocks))
         if cut.after < len(self.blocks) and (memory is not None or self.config.window is not None):
             raise ConfigError("drop_media: found cross-attention or a window, expected a decoder without")
+        last = len(self.blocks) - 1 if read_K is not None and self._reads_early(memory) else None
         for layer in range(len(self.blocks)):
             x_BTD, step = cut.before(layer, x_BTD)
-            x_BTD = self.run_block(layer, x_BTD, step, memory)
+            x_BTD = self.run_block(layer, x_BTD, step, memory, read_K if layer == last else None)
         if self.final_norm is not None:
             x_BTD = self.final_norm(x_BTD)
+        if read_K is not None:
+            return (x_BTD if last is not None else chosen(x_BTD, read_K))[0]
         return cut.end(x_BTD)
 
-    def _unpadded(self, x_BTD: Tensor, layout: Layout, index_N: Tensor) -> Tensor:
+    def _reads_early(self, memory: Memory | None) -> bool:
+        """Whether what follows the last block's attention treats every token alone."""
+        is_alone = self.config.norm != "batch" and len(self.blocks) > 0
+        return is_alone and (memory is None or self.blocks[-1].cross_attention is None)
+
+    def _unpadded(self, x_BTD: Tensor, layout: Layout, index_N: Tensor, read_K: Tensor | None) -> Tensor:
         """Run the stack over the valid tokens alone; padding comes out as zeros."""
         x_ND = x_BTD.flatten(0, 1)
+        if read_K is not None:
+            place = torch.empty(len(x_ND), dtype=torch.int64, device=x_ND.device)
+            place[index_N] = torch.arange(len(index_N), device=x_ND.device)
+            read: Tensor = self(x_ND.index_select(0, index_N)[None], layout, read_K=place[read_K])
+            return read
         states_ND: Tensor = self(x_ND.index_select(0, index_N)[None], layout)[0]
         return states_ND.new_zeros(x_ND.shape).index_copy(0, index_N, states_ND).view(x_BTD.shape)
 
@@ -302,16 +331,18 @@ class Transformer(nn.Module):
             config.depth, rows, config.num_kv_heads, max_tokens, config.size_of_head, weight.dtype, weight.device
         )
 
-    def run_block(self, layer: int, x_BTD: Tensor, step: Step, memory: Memory | None = None) -> Tensor:
+    def run_block(
+        self, layer: int, x_BTD: Tensor, step: Step, memory: Memory | None = None, read_K: Tensor | None = None
+    ) -> Tensor:
         """One block, recomputed in the backward pass where ``checkpointing`` asks for it."""
         block = self.blocks[layer]
         if step.wide is not None and layer < self.config.window_from:
             step = step.wide
         out: Tensor
         if self.checkpointing and torch.is_grad_enabled() and (step.cache is None or step.cache.is_pure):
-            out = checkpoint(block, x_BTD, step, layer, memory, use_reentrant=False)
+            out = checkpoint(block, x_BTD, step, layer, memory, read_K, use_reentrant=False)
         else:
-            out = block(x_BTD, step, layer, memory)
+            out = block(x_BTD, step, layer, memory, read_K)
         return out
 
     def step(self, x_BTD: Tensor, layout: Layout, cache: KVCache | None = None) -> Step:

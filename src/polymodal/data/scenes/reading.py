@@ -58,8 +58,14 @@ def _aspect(thing: Thing, aspect: str) -> str:
 
 
 def _is_told(scene: Scene) -> bool:
-    """Whether the thirds of the picture that two things stand in decide how they stand to each other."""
+    """Whether the asked relation follows from the thirds of the picture that its two things stand in.
+
+    Worked example: 13 px above and 5 px to the left, both in the upper third, is told as "left" and "top": not above.
+    """
     if scene.relation is None:
         return False
-    (column, row), (other_column, other_row) = (cell(scene.things[i]) for i in scene.relation[:2])
-    return abs(column - other_column) != abs(row - other_row)
+    first, second, where = scene.relation
+    (column, row), (other_column, other_row) = cell(scene.things[first]), cell(scene.things[second])
+    dx, dy = column - other_column, row - other_row
+    along, across = {"left": (-dx, dy), "right": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[where]
+    return along > abs(across)

@@ -101,7 +101,7 @@ def make_scenes(
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``details``: one conversation per scene and set of media: what is true of each thing, by its name;
-    - ``lookups``: up to a dozen conversations per picture and eight per video: one short question each, about things
+    - ``lookups``: up to fifteen conversations per picture and eight per video: one short question each, about things
       by their names;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;

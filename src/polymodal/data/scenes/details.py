@@ -35,8 +35,8 @@ LOOKUP_MEDIA = ("image", "video")
 """The media whose things :func:`lookups` asks about."""
 
 _MAX_RELATIONS = 4
-_MAX_LOOKUPS = 5
-_MAX_RELATIONS_ASKED = 3
+_MAX_FACTS_ASKED = 3
+_MAX_RELATIONS_ASKED = 4
 _MAX_SIZES_ASKED = 2
 _MAX_EVENTS = 6
 _ORDINALS = ("first", "second")
@@ -70,13 +70,14 @@ def lookups(scene: Scene, medium: str, words: random.Random) -> list[tuple[str, 
 
 
 def _picture_lookups(scene: Scene, words: random.Random) -> list[Asked]:
-    """Up to five facts of single things, three relations and two sizes of two things, one pair there and one not."""
-    one: list[Asked] = []
+    """Where each thing is, up to three of the other facts, four relations, two sizes, one pair there and one not."""
+    places: list[Asked] = []
+    others: list[Asked] = []
     for thing in scene.things:
         name = thing.shape
-        one.append(((f"Where is the {name}?", f"In which part is the {name}?"), place(thing)))
-        one.append(((f"How large is the {name}?", f"What size is the {name}?"), thing.size))
-        one.append((colour_wordings(name), thing.colour))
+        places.append(((f"Where is the {name}?", f"In which part is the {name}?"), place(thing)))
+        others.append(((f"How large is the {name}?", f"What size is the {name}?"), thing.size))
+        others.append((colour_wordings(name), thing.colour))
     pairs = list(permutations(scene.things, 2))
     relations: list[Asked] = [
         (spatial_wordings(a.shape, b.shape), where) for a, b in pairs for where in RELATIONS if holds(a.xy, b.xy, where)
@@ -84,7 +85,8 @@ def _picture_lookups(scene: Scene, words: random.Random) -> list[Asked]:
     sizes = [compared(a, b, words) for a, b in pairs if a.size != b.size]
     thing = words.choice(scene.things)
     return [
-        *_some(one, _MAX_LOOKUPS, words),
+        *places,
+        *_some(others, _MAX_FACTS_ASKED, words),
         *_some(relations, _MAX_RELATIONS_ASKED, words),
         *_some(sizes, _MAX_SIZES_ASKED, words),
         (existence_wordings(thing.colour, thing.shape), "yes"),

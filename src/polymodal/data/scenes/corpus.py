@@ -33,6 +33,7 @@ from polymodal.data.scenes.captions import (
     pair_kinds,
 )
 from polymodal.data.scenes.details import DETAIL_REQUESTS, LOOKUP_MEDIA, details, lookups
+from polymodal.data.scenes.drills import DRILL_MEDIA, drills
 from polymodal.data.scenes.latent import HELD_OUT, SPLITS, Scene, alone, make_scene, paired
 from polymodal.data.scenes.motion import recording_csv
 from polymodal.data.scenes.picture import picture_png, video_gif
@@ -50,6 +51,7 @@ FILES = (
     "captions",
     "details",
     "lookups",
+    "drills",
     "questions",
     "dialogues",
     "text",
@@ -103,8 +105,8 @@ def make_scenes(
     - ``names``: two conversations per scene: what the thing of ``objects`` is, with its colour and size;
     - ``captions``: one conversation per scene and medium, asking for a description;
     - ``details``: one conversation per scene and set of media: what is true of each thing, by its name;
-    - ``lookups``: up to a dozen conversations per picture and eight per video: one short question each, about things
-      by their names;
+    - ``lookups``: one conversation per picture and per video: short questions about things by their names;
+    - ``drills``: up to seventeen conversations per picture and eight per video: one short question each, of more kinds;
     - ``questions``: one conversation per scene and family; ``meta`` has family, answer, modalities;
     - ``dialogues``: the same questions and descriptions as turns of one conversation per scene and set of media;
     - ``text``: conversations without media, about other scenes: descriptions, and questions about a description;
@@ -297,8 +299,13 @@ def scene_samples(scene: Scene, families: tuple[str, ...] = tuple(FAMILIES)) -> 
         yield "details", _turn(f"{name}-{'-'.join(media_names)}-details", parts, chosen.choice(asking), answer, meta)
     for medium in LOOKUP_MEDIA:
         meta = {"modalities": [medium], "scene": scene.index}
-        for number, (text, answer) in enumerate(lookups(scene, medium, chosen)):
-            yield "lookups", _turn(f"{name}-{medium}-lookup-{number}", [part[medium]], text, answer, meta)
+        turns = lookups(scene, medium, chosen)
+        yield "lookups", _conversation(f"{name}-{medium}-lookups", [part[medium]], turns, meta)
+    drilled = scene.words(5)
+    for medium in DRILL_MEDIA:
+        meta = {"modalities": [medium], "scene": scene.index}
+        for number, (text, answer) in enumerate(drills(scene, medium, drilled)):
+            yield "drills", _turn(f"{name}-{medium}-drill-{number}", [part[medium]], text, answer, meta)
     asked = questions(scene, families, words)
     for question in asked:
         meta = {

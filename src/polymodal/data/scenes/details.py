@@ -13,15 +13,7 @@ from itertools import permutations
 from polymodal.data.scenes.captions import and_list, place
 from polymodal.data.scenes.latent import RELATIONS, Scene
 from polymodal.data.scenes.layout import holds
-from polymodal.data.scenes.questions import (
-    colour_wordings,
-    compared,
-    direction_wordings,
-    existence_wordings,
-    near_miss,
-    order_wordings,
-    spatial_wordings,
-)
+from polymodal.data.scenes.questions import spatial_wordings
 
 DETAIL_REQUESTS = {
     ("image",): ("Describe every object.", "Go through the objects one by one.", "Tell me about each object."),
@@ -37,12 +29,7 @@ LOOKUP_MEDIA = ("image", "video")
 _MAX_RELATIONS = 4
 _MAX_LOOKUPS = 5
 _MAX_RELATIONS_ASKED = 3
-_MAX_SIZES_ASKED = 2
-_MAX_EVENTS = 6
 _ORDINALS = ("first", "second")
-
-Asked = tuple[tuple[str, ...], str]
-"""The wordings of a question, and its answer."""
 
 
 def details(scene: Scene, media: tuple[str, ...], words: random.Random) -> str:
@@ -64,61 +51,43 @@ def lookups(scene: Scene, medium: str, words: random.Random) -> list[tuple[str, 
         medium: one of :data:`LOOKUP_MEDIA`.
         words: the source of choices.
     """
-    told = _picture_lookups(scene, words) if medium == "image" else _video_lookups(scene, words)
-    asked = [(words.choice(texts), answer) for texts, answer in told]
+    asked = _picture_lookups(scene, words) if medium == "image" else _video_lookups(scene, words)
     return words.sample(asked, len(asked))
 
 
-def _picture_lookups(scene: Scene, words: random.Random) -> list[Asked]:
-    """Up to five facts of single things, three relations and two sizes of two things, one pair there and one not."""
-    one: list[Asked] = []
+def _picture_lookups(scene: Scene, words: random.Random) -> list[tuple[str, str]]:
+    """Where up to five things are or how large, and where up to three are seen from others."""
+    one = []
     for thing in scene.things:
         name = thing.shape
-        one.append(((f"Where is the {name}?", f"In which part is the {name}?"), place(thing)))
-        one.append(((f"How large is the {name}?", f"What size is the {name}?"), thing.size))
-        one.append((colour_wordings(name), thing.colour))
-    pairs = list(permutations(scene.things, 2))
-    relations: list[Asked] = [
-        (spatial_wordings(a.shape, b.shape), where) for a, b in pairs for where in RELATIONS if holds(a.xy, b.xy, where)
+        one.append((words.choice((f"Where is the {name}?", f"In which part is the {name}?")), place(thing)))
+        one.append((words.choice((f"How large is the {name}?", f"What size is the {name}?")), thing.size))
+    two = [
+        (words.choice(spatial_wordings(a.shape, b.shape)), where)
+        for a, b in permutations(scene.things, 2)
+        for where in RELATIONS
+        if holds(a.xy, b.xy, where)
     ]
-    sizes = [compared(a, b, words) for a, b in pairs if a.size != b.size]
-    thing = words.choice(scene.things)
-    return [
-        *_some(one, _MAX_LOOKUPS, words),
-        *_some(relations, _MAX_RELATIONS_ASKED, words),
-        *_some(sizes, _MAX_SIZES_ASKED, words),
-        (existence_wordings(thing.colour, thing.shape), "yes"),
-        (existence_wordings(*near_miss(scene, thing, words)), "no"),
-    ]
+    return words.sample(one, min(_MAX_LOOKUPS, len(one))) + words.sample(two, min(_MAX_RELATIONS_ASKED, len(two)))
 
 
-def _video_lookups(scene: Scene, words: random.Random) -> list[Asked]:
-    """Up to six facts of single things, and which of two blinks first, asked both ways."""
-    one: list[Asked] = []
+def _video_lookups(scene: Scene, words: random.Random) -> list[tuple[str, str]]:
+    """What up to five things do, and when they blink."""
+    asked = []
     for i, thing in enumerate(scene.things):
         name, move = thing.shape, scene.moves[i]
-        one.append(((f"What does the {name} do?", f"How does the {name} move?"), _moving(move)))
-        one.append(((f"When does the {name} blink?", f"Does the {name} blink?"), _blinking(scene, i)))
-        one.append((colour_wordings(name), thing.colour))
-        if move:
-            one.append((direction_wordings(name), move))
-    told = _some(one, _MAX_EVENTS, words)
-    if len(scene.blinks) > 1:
-        first, second = (scene.things[i].shape for i in scene.blinks)
-        told += [(order_wordings(first, second), first), (order_wordings(second, first), first)]
-    return told
+        asked.append((words.choice((f"What does the {name} do?", f"How does the {name} move?")), moving(move)))
+        asked.append((words.choice((f"When does the {name} blink?", f"Does the {name} blink?")), blinking(scene, i)))
+    return words.sample(asked, min(_MAX_LOOKUPS, len(asked)))
 
 
-def _some(asked: list[Asked], most: int, words: random.Random) -> list[Asked]:
-    return words.sample(asked, min(most, len(asked)))
-
-
-def _moving(move: str) -> str:
+def moving(move: str) -> str:
+    """What a thing does, in words."""
     return f"moves {move}" if move else "stays"
 
 
-def _blinking(scene: Scene, index: int) -> str:
-    """``never``, ``once`` where it is the only one, ``first`` or ``second``."""
+def blinking(scene: Scene, index: int) -> str:
+    """When a thing blinks: ``never``, ``once`` where it is the only one, ``first`` or ``second``."""
     if index not in scene.blinks:
         return "never"
     return "once" if len(scene.blinks) == 1 else _ORDINALS[scene.blinks.index(index)]
@@ -130,7 +99,7 @@ def _in_picture(scene: Scene, index: int) -> str:
 
 
 def _in_video(scene: Scene, index: int) -> str:
-    told = [f"is {scene.things[index].colour}", _moving(scene.moves[index])]
+    told = [f"is {scene.things[index].colour}", moving(scene.moves[index])]
     if index in scene.blinks:
         told.append("blinks" if len(scene.blinks) == 1 else f"blinks {_ORDINALS[scene.blinks.index(index)]}")
     return and_list(told)

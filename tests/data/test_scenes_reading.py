@@ -64,7 +64,7 @@ def _answer(kind: str, things: dict[str, dict[str, str]], question: str) -> str:
     if kind == "comparison":
         wanted = "small" if "smaller" in question else "large"
         (shape,) = (shape for shape in shapes if things[shape]["size"] == wanted)
-        return shape
+        return str(shape)
     first, second = shapes if question.startswith("Where") else shapes[::-1]
     (x, y), (other_x, other_y) = (PLACES[things[shape]["place"]] for shape in (first, second))
     if abs(x - other_x) > abs(y - other_y):

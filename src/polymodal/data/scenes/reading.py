@@ -50,7 +50,7 @@ def reading(seed: int, split: str, index: int) -> Iterator[tuple[str, str, str]]
 
 
 def _listed(scene: Scene, needed: tuple[str, ...], words: random.Random) -> str:
-    """The things in random order: the name last, before it what is needed, and each other aspect a quarter of the time."""
+    """The things in random order: before each name what is needed, and any other aspect a quarter of the time."""
     told = [aspect for aspect in _ASPECTS if aspect in needed or words.random() < _OTHER_ASPECTS]
     things = words.sample(scene.things, len(scene.things))
     return ", ".join(" ".join((*(_aspect(thing, aspect) for aspect in told), thing.shape)) for thing in things) + "."

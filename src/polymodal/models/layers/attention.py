@@ -187,8 +187,8 @@ class Attention(nn.Module):
         parts = []
         for shape, q, own_k, own_v, own_mask in calls:
             if own_mask is not None:
-                own_mask = (own_mask.unflatten(0, shape) if is_by_token else own_mask)[:, None]
-            seen = self._attend(q.unflatten(0, shape).transpose(1, 2), own_k, own_v, own_mask, False)
+                own_mask = (torch.unflatten(own_mask, 0, shape) if is_by_token else own_mask)[:, None]
+            seen = self._attend(torch.unflatten(q, 0, shape).transpose(1, 2), own_k, own_v, own_mask, False)
             parts.append(seen.transpose(1, 2).flatten(0, 1).flatten(1))
         joined_NC = torch.cat(parts) if len(parts) > 1 else parts[0]
         out_BTD = self._out((joined_NC if inverse is None else joined_NC.index_select(0, inverse))[None])

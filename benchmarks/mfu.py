@@ -60,11 +60,15 @@ def tiny(samples: int) -> Shape:
 
 def stack_flops(config: TransformerConfig, rows: int, tokens: int, causal: bool) -> float:
     """Forward FLOPs of a transformer over ``rows`` sequences of ``tokens``: two per multiply-add."""
-    width, head = config.width, config.size_of_head
-    mlp = (3 if config.gated else 2) * width * (config.mlp_dim or 4 * width)
-    projections = 2 * width * head * (config.heads + config.num_kv_heads)
-    scores = 2 * tokens * config.heads * head * (0.5 if causal else 1.0)
-    return 2.0 * rows * tokens * config.depth * (projections + mlp + scores)
+    inputs = config.width * config.size_of_head * (config.heads + 2 * config.num_kv_heads)
+    scores = 2 * tokens * config.heads * config.size_of_head * (0.5 if causal else 1.0)
+    return 2.0 * rows * tokens * config.depth * (inputs + scores + after_attention(config))
+
+
+def after_attention(config: TransformerConfig) -> int:
+    """Multiply-adds of one block for one token behind its attention: the output projection and the MLP."""
+    mlp = (3 if config.gated else 2) * config.width * (config.mlp_dim or 4 * config.width)
+    return config.width * config.size_of_head * config.heads + mlp
 
 
 def step_flops(network: MultimodalModel, shape: Shape, vocab_size: int) -> float:
@@ -83,8 +87,11 @@ def step_flops(network: MultimodalModel, shape: Shape, vocab_size: int) -> float
         * media
     )
     decode = stack_flops(backbone.transformer, shape.samples, tokens, causal=True)
-    # The first text token has nothing that predicts it within the text; all others are targets.
-    logits = 2.0 * shape.samples * (shape.text_tokens - 1) * backbone.width * vocab_size
+    # The first text token has nothing that predicts it within the text; all others are targets. The last block goes on
+    # with the tokens alone that predict one: what is not computed does not count.
+    targets = shape.text_tokens - 1
+    decode -= 2.0 * shape.samples * (tokens - targets) * after_attention(backbone.transformer)
+    logits = 2.0 * shape.samples * targets * backbone.width * vocab_size
     return 3.0 * (encode + connect + decode + logits)
 
 
